@@ -1,0 +1,89 @@
+"""What this machine and installation are: for reports, ``doctor`` and the System page."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from . import __version__
+
+PACKAGES = ("torch", "diffusers", "torch-pruning", "torch-fidelity", "streamlit", "plotly", "safetensors")
+
+
+@dataclass
+class Check:
+    """One line of ``doctor``: what was looked at, what was found, and what to do if it is not well."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's result depends on."""
+    found = {"prunedm": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def machine() -> dict[str, str]:
+    """Processor, memory and accelerators, in words."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "gpu": ", ".join(gpus) or "none",
+    }
+
+
+def checks(runs_dir: Path) -> list[Check]:
+    """All that a run needs, looked at one by one."""
+    from .data import BUNDLED_IMAGES
+    from .learn import use_bf16
+    from .metrics import FEATURE_NETWORK, REFERENCE
+    from .unet import BUNDLED_MODEL, resolve_device
+
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    found = [Check("python", supported, platform.python_version(), "use Python 3.10 to 3.13")]
+    for name, version in versions().items():
+        if name != "python":
+            found.append(Check(name, version != "missing", version, "run `make lab` or pip install -r requirements.txt"))
+    here = machine()
+    device = resolve_device("auto")
+    found.append(Check("processor", True, here["processor"]))
+    free = psutil.virtual_memory().available / 2**30
+    found.append(Check("memory", free > 3, f"{free:.1f} GiB free of {here['memory']}", "close programs: 3 GiB are needed"))
+    found.append(Check("device", True, f"{device} (GPU: {here['gpu']}), bf16 training: {use_bf16(device, 'auto')}"))
+    for asset in (BUNDLED_MODEL, BUNDLED_IMAGES, FEATURE_NETWORK, REFERENCE):
+        there = "there" if asset.exists() else "missing"
+        found.append(Check(f"assets/{asset.name}", asset.exists(), there, "restore it from the repository"))
+    existing = next(p for p in (runs_dir, *runs_dir.absolute().parents) if p.exists())
+    disk = shutil.disk_usage(existing).free / 2**30
+    found.append(Check("disk", disk > 1, f"{disk:.1f} GiB free for {runs_dir}", "free some space or use --runs-dir"))
+    writable = os.access(existing, os.W_OK)
+    found.append(Check("runs folder", writable, "writable" if writable else "not writable", "use --runs-dir"))
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()

@@ -1,0 +1,190 @@
+"""The judge of a run: the same figures, by the same seeds, for each variant.
+
+The bundled dense model's quality figures ship with the assets, so no run computes them again; its
+latency is always measured here, interleaved with that of the other variants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import data, diffusion, latency, metrics, pattern, pictures, unet
+from .data import ASSETS
+from .recipe import Eval, Recipe
+from .records import VARIANTS, Evaluation, Step
+from .seeds import derive
+from .store import Run, write_atomic
+
+VALIDATION_IMAGES, VALIDATION_BATCH, SAMPLE_BATCH, SHEET = 512, 128, 64, 64
+DENSE_EVALUATIONS = ASSETS / "dense-evaluations.json"
+SHEET_NAME = "samples.png"
+
+
+def image_seeds(seed: int, count: int) -> list[int]:
+    """The noise seeds of the evaluation's images, the same for every variant."""
+    return [derive(seed, "evaluation", i) for i in range(count)]
+
+
+def settings_key(settings: Eval) -> str:
+    """What quality figures depend on, as a name for the cached ones."""
+    s = settings
+    return f"{s.images}-{s.sampler}-{s.steps}-{s.extractor}-{s.seed}"
+
+
+def bundled_sheet(settings: Eval) -> Path:
+    """Where the assets keep the dense model's sample sheet for these settings."""
+    return ASSETS / f"dense-samples-{settings.sampler}-{settings.steps}-{settings.seed}.png"
+
+
+def bundled_quality(recipe: Recipe) -> dict[str, Any] | None:
+    """The dense model's shipped figures, or None when these settings are not among them."""
+    if recipe.model.source != unet.BUNDLED or recipe.data.source != data.BUNDLED:
+        return None
+    if not DENSE_EVALUATIONS.exists() or not bundled_sheet(recipe.eval).exists():
+        return None
+    return json.loads(DENSE_EVALUATIONS.read_text())["evaluations"].get(settings_key(recipe.eval))
+
+
+def counts(model: torch.nn.Module, folder: Path) -> Evaluation:
+    """Sizes of a saved variant."""
+    return Evaluation(
+        parameters=unet.parameters(model),
+        nonzero_parameters=unet.nonzero_parameters(model),
+        macs=unet.macs(model),
+        bytes=unet.weight_bytes(folder),
+    )
+
+
+def quality(
+    model: torch.nn.Module, scheduler, settings: Eval, images: data.Images, sheet: Path, info: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Validation loss and Frechet distance; yields once a batch, the figures in the last yield."""
+    device = next(model.parameters()).device
+    held_out = data.to_float(images.held_out[:VALIDATION_IMAGES], device)
+    batches = diffusion.validation_batches(
+        scheduler, held_out, VALIDATION_IMAGES, VALIDATION_BATCH, settings.seed
+    )
+    loss = diffusion.validation_loss(lambda x, t: model(x, t).sample, batches)
+    yield {}
+    seeds = image_seeds(settings.seed, settings.images)
+    stream = diffusion.sample_stream(
+        model, scheduler, seeds, settings.sampler, settings.steps, SAMPLE_BATCH
+    )
+    features, shown = [], []
+    for batch in stream:
+        features.append(metrics.extract([batch], str(device)))
+        if sum(map(len, shown)) < SHEET:
+            shown.append(batch)
+        yield {}
+    info = info | {"sampler": settings.sampler, "steps": settings.steps, "seed": settings.seed}
+    write_atomic(sheet, pictures.sheet_png(torch.cat(shown)[:SHEET], info))
+    bundled = images.name == data.BUNDLED_NAME
+    reference = metrics.reference_statistics(images.train, bundled, str(device))
+    yield {
+        "validation_loss": loss,
+        "fid": metrics.frechet_distance(metrics.statistics(torch.cat(features)), reference),
+        "fid_extractor": metrics.EXTRACTOR_LABELS[settings.extractor],
+        "fid_images": settings.images,
+    }
+
+
+def quality_steps(settings: Eval) -> int:
+    """How many times :func:`quality` yields."""
+    return 2 + -(-settings.images // SAMPLE_BATCH)
+
+
+def sparsity(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """Compliance of the N:M variant, read from its saved file and not from memory."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(run.variant("nm") / "unet" / unet.WEIGHTS)
+    n, m = recipe.mask.n, recipe.mask.m
+    layers = run.layers()
+    masked = [layer for layer in layers if layer["eligible"]]
+    good = sum(
+        layer["groups"] * pattern.compliance(tensors[f"{layer['layer']}.weight"], n, m) for layer in masked
+    )
+    total = sum(layer["groups"] for layer in masked)
+    return {
+        "pattern": f"{n}:{m}",
+        "compliance": round(good) / total,
+        "masked_layers": len(masked),
+        "skipped_layers": [
+            {"layer": layer["layer"], "reason": layer["reason"]} for layer in layers if not layer["eligible"]
+        ],
+    }
+
+
+def variants_of(run: Run) -> list[str]:
+    """Names of the variants whose folders are complete."""
+    return [name for name in VARIANTS if (run.variant(name) / unet.PRUNED_RECORD).exists()]
+
+
+def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device) -> Iterator[Step]:
+    """Evaluate each variant that is not yet in ``evaluation.json``, then time all together."""
+    names, results = variants_of(run), run.evaluation()
+    each = quality_steps(recipe.eval)
+    total, done = each * len(names) + latency.ROUNDS, 0
+    models = {name: unet.load(str(run.variant(name))) for name in names}
+    for name in names:
+        model = models[name].unet.to(device)
+        if name not in results:
+            figures = counts(model, run.variant(name))
+            shipped = bundled_quality(recipe) if name == "dense" else None
+            if shipped is not None:
+                write_atomic(run.variant(name) / SHEET_NAME, bundled_sheet(recipe.eval).read_bytes())
+                found = shipped
+            else:
+                sheet = run.variant(name) / SHEET_NAME
+                scheduler = models[name].scheduler
+                for i, found in enumerate(
+                    quality(model, scheduler, recipe.eval, images, sheet, {"run": run.id, "variant": name})
+                ):
+                    yield Step("evaluate", done + i + 1, total)
+            if name == "nm":
+                found = found | sparsity(run, recipe)
+            results[name] = dataclasses.replace(figures, **found).as_dict()
+            run.write_evaluation(results)
+        done += each
+        yield Step("evaluate", done, total)
+    for timed in latency.measure({name: models[name].unet for name in names}):
+        done += 1
+        yield Step("evaluate", done, total)
+    for name, figure in timed.items():
+        results[name] |= {
+            "latency_ms": figure.median,
+            "latency_ms_p10": figure.p10,
+            "latency_ms_p90": figure.p90,
+            "device": figure.device,
+            "dtype": figure.dtype,
+            "batch": figure.batch,
+        }
+    if "nm" in results:
+        results["nm"]["macs_sparse"] = sparse_macs(models["nm"].unet, run.layers(), recipe)
+    run.write_evaluation(results)
+
+
+def sparse_macs(model: torch.nn.Module, layers: list[dict[str, Any]], recipe: Recipe) -> int:
+    """Theoretical MACs of one image where hardware skips the pruned weights of the masked layers."""
+    masked = {layer["layer"] for layer in layers if layer["eligible"]}
+    skipped, hooks = [], []
+    share = 1 - recipe.mask.n / recipe.mask.m
+
+    def count(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        weight = module.weight
+        uses = output[0].numel() // weight.shape[0]  # of each weight, for one image
+        skipped.append(weight.numel() * uses * share)
+
+    for name, module in model.named_modules():
+        if name in masked:
+            hooks.append(module.register_forward_hook(count))
+    dense = unet.macs(model)
+    for hook in hooks:
+        hook.remove()
+    return round(dense - sum(skipped))

@@ -1,0 +1,377 @@
+"""A run from end to end: prune, fine-tune, learn masks, recover and bake, evaluate, report.
+
+Each stage reads what the stage before left in the run folder and leaves its own result there, so a run
+goes on from any of them. Within a training stage the checkpoint holds everything that the next step
+depends on. :func:`execute` owns the run's state; the stages only yield Step records.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import data, diffusion, evaluate, learn, masks, pattern, pictures, report, store, structured, unet
+from .data import Batches
+from .evaluate import image_seeds
+from .learn import Task, Trainer
+from .masks import MaskedUNet
+from .recipe import Recipe
+from .records import RESUMABLE, Step
+from .store import MetricsWriter, Run
+
+STAGES = ("prune", "finetune", "mask", "recover", "evaluate", "report")
+STAGE_LABELS = {
+    "prune": "Prune channels",
+    "finetune": "Fine-tune",
+    "mask": "Learn N:M masks",
+    "recover": "Recover and bake",
+    "evaluate": "Evaluate variants",
+    "report": "Write report",
+}
+CHECKPOINT_SECONDS = 20.0
+PREVIEW_IMAGES, PREVIEW_STEPS = 16, 10
+SNAPSHOTS = 20  # mask snapshots over the mask stage
+WATCHED_EVERY = 10  # steps between entropy and flip figures
+
+
+class InputError(ValueError):
+    """A recipe that cannot run here, in one line."""
+
+
+def resolve_source(source: str, runs_dir: Path) -> str:
+    """``RUN`` or ``RUN/variant`` to the variant's folder; anything else is returned as it is."""
+    run_id, _, variant = source.partition("/")
+    if not store.RUN_ID.fullmatch(run_id) or not (runs_dir / run_id / "recipe.yaml").is_file():
+        return source
+    run = store.find(runs_dir, run_id)
+    finished = evaluate.variants_of(run)
+    if not finished or (variant and variant not in finished):
+        raise InputError(
+            f"model.source={source}: run {run_id} has the variants {finished or 'none yet'}; name one of them"
+        )
+    return str(run.variant(variant or finished[-1]))
+
+
+def load_inputs(recipe: Recipe, runs_dir: Path) -> tuple[unet.Diffusion, data.Images]:
+    """Model and images of a recipe, or a ValueError in one line; nothing is written."""
+    unet.resolve_device(recipe.device)
+    model = unet.load(resolve_source(recipe.model.source, runs_dir))
+    images = data.load(recipe.data.source, model.image_shape)
+    if recipe.mask.method != "none":
+        masks.require_eligible(model.unet, recipe.mask.n, recipe.mask.m)
+    return model, images
+
+
+def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
+    """What the recipe would prune and mask, layer by layer, by doing it in memory."""
+    model = unet.load(resolve_source(recipe.model.source, runs_dir))
+    before, macs = unet.parameters(model.unet), unet.macs(model.unet)
+    pruned = None
+    if recipe.prune.target > 0:
+        p = recipe.prune
+        pruned = structured.prune(model.unet, p.method, p.target, rounding(recipe), recipe.seed)
+    after = unet.parameters(model.unet)
+    layers = [] if recipe.mask.method == "none" else masks.layer_reports(model.unet, recipe.mask.m)
+    masked = sum(layer.groups * recipe.mask.m for layer in layers)
+    kept = round(masked * recipe.mask.n / recipe.mask.m)
+    return {
+        "parameters": {"dense": before, "structured": after, "nm_nonzero": after - masked + kept},
+        "macs": {"dense": macs, "structured": unet.macs(model.unet)},
+        "prune": pruned.as_dict() if pruned else None,
+        "layers": [vars(layer) for layer in layers],
+    }
+
+
+def rounding(recipe: Recipe) -> int:
+    """The multiple that stage 2 asks of stage 1's widths."""
+    return 1 if recipe.mask.method == "none" else recipe.mask.m
+
+
+def execute(
+    run: Run,
+    on_step: Callable[[Step], None] = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """Run or resume; returns the final status: done, stopped or failed. Records every ending.
+
+    ``stop`` is asked after each step; so is the run's stop file, through which other processes ask.
+    """
+    with run.lock():
+        state = run.state()
+        recipe = run.recipe()
+        run.clear_stop()
+        run.claim(state, "running")
+        started = time.time()
+        before, state.started, state.ended = state.seconds, started, None
+        work = Pipeline(run, recipe, MetricsWriter(run, state))
+        run.event("started", stages_done=list(state.stages_done))
+        run.log(f"started (stages done: {', '.join(state.stages_done) or 'none'})")
+        status, error = "done", None
+        try:
+            for step in work.stages():
+                state.seconds = before + time.time() - started
+                work.writer.add(step)
+                on_step(step)
+                if stop() or run.stop_requested():
+                    work.save_checkpoint()
+                    status = "stopped"
+                    break
+        except KeyboardInterrupt:
+            status, error = "interrupted", "interrupted; the last checkpoint is kept"
+        except Exception as failure:  # the boundary of a job: whatever it raises is recorded and shown
+            status, error = "failed", plain_words(failure)
+            run.log(traceback.format_exc())
+        state.status, state.error = status, error
+        state.ended = time.time()
+        state.seconds = before + state.ended - started
+        state.eta = None
+        run.clear_stop()
+        work.writer.flush()
+        run.event(status, error=error)
+        run.log(status if error is None else f"{status}: {error}")
+        return status
+
+
+def resumable(run: Run) -> None:
+    """InputError unless the run can go on."""
+    status = run.state().status
+    if status not in RESUMABLE and status != "queued":
+        raise InputError(f"run {run.id} is {status}; only {', '.join(RESUMABLE)} runs can be resumed")
+
+
+def plain_words(error: BaseException) -> str:
+    """A failure in one line."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        return f"out of memory; halve data.batch_size ({text[:120]})"
+    if isinstance(error, OSError) and error.errno == 28:
+        return "the disk is full; free some space and resume"
+    known = isinstance(error, ValueError | ArithmeticError)
+    return text if known and text else f"{error.__class__.__name__}: {text or 'no message'}"
+
+
+class Pipeline:
+    """The stages of one run. ``save_checkpoint`` may be called between any two steps."""
+
+    def __init__(self, run: Run, recipe: Recipe, writer: MetricsWriter) -> None:
+        self.run, self.recipe, self.writer = run, recipe, writer
+        self.device = unet.resolve_device(recipe.device)
+        self.trainer: Trainer | None = None
+        self.saved = time.monotonic()
+
+    def stages(self) -> Iterator[Step]:
+        """Every step of every stage that is not done yet."""
+        runs_dir = self.run.folder.parent
+        self.model, self.images = load_inputs(self.recipe, runs_dir)
+        for skipped in self.images.skipped:
+            self.run.log(f"image skipped: {skipped}")
+        if not (self.run.variant("dense") / unet.PRUNED_RECORD).exists():
+            self._save_variant("dense", self.model.unet)
+            self._draw("dense", 0, self.model.unet)
+        for stage in STAGES:
+            if stage in self.writer.state.stages_done:
+                continue
+            self.run.event("stage", stage=stage)
+            self.run.log(f"stage {stage}")
+            self.writer.begin(stage, 0, 0)
+            yield from getattr(self, f"_{stage}")()
+            self.trainer = None
+            self.writer.state.stages_done.append(stage)
+            self.writer.flush()
+            self.run.drop_checkpoint(stage)
+            self.run.event("stage_done", stage=stage)
+
+    def save_checkpoint(self) -> None:
+        """The state of the training stage at hand, if one is running."""
+        if self.trainer is not None:
+            self.run.save_checkpoint(self.trainer.stage, self.trainer.tensors(), {"done": self.trainer.done})
+            self.writer.flush()
+        self.saved = time.monotonic()
+
+    # --- stages ------------------------------------------------------------------------------
+    def _prune(self) -> Iterator[Step]:
+        spec = self.recipe.prune
+        if spec.target > 0:
+            yield Step("prune", 0, 1)
+            found = structured.prune(
+                self.model.unet, spec.method, spec.target, rounding(self.recipe), self.recipe.seed
+            )
+            self.run.event("pruned", report=found.as_dict())
+            if found.reason:
+                self.run.log(f"prune.target={spec.target} not met: {found.reason}")
+            self.run.save_checkpoint("pruned", self.model.unet.state_dict(), found.as_dict())
+            self._draw("prune", 1, self.model.unet)
+        yield Step("prune", 1, 1)
+
+    def _finetune(self) -> Iterator[Step]:
+        spec = self.recipe.prune
+        if spec.target == 0:
+            yield Step("finetune", 0, 0)
+            return
+        tensors, found = self.run.load_checkpoint("pruned")
+        model = self.model.unet
+        unet.fit_shapes(model, tensors)
+        model.load_state_dict(tensors)
+        model.to(self.device)
+        weights = self._weights(model, spec.finetune_steps)
+        yield from self._train("finetune", spec.finetune_steps, learn.DenseLoss(model), weights)
+        if spec.finetune_steps:
+            weights.use_average()
+        self._save_variant("structured", model.to("cpu"), found)
+        self._draw("finetune", spec.finetune_steps, model)
+
+    def _mask(self) -> Iterator[Step]:
+        spec = self.recipe.mask
+        if spec.method == "none":
+            yield Step("mask", 0, 0)
+            return
+        masked = self._masked()
+        self._write_layers(masked)
+        weights = self._weights(masked.unet, spec.steps) if spec.train_weights else None
+        steps = spec.steps
+        if spec.method == "magnitude":
+            masked.logits = masked.initial.clone()
+            learner, steps = learn.FixedMasks(masked), spec.steps if spec.train_weights else 0
+        else:
+            learner = learn.LEARNERS[spec.method](masked, spec, steps, self.recipe.seed)
+        if self.run.load_checkpoint("mask") is None:
+            self._snapshot(0, masked)
+            self._draw("mask", 0, masked)
+        yield from self._train("mask", steps, learner, weights, masked)
+        masked.logits = masked.logits.detach()
+        if weights is not None and steps:
+            weights.use_average()
+        masked.to("cpu")
+        self._snapshot(max(steps, 1), masked)
+        tensors = {f"unet.{k}": v for k, v in masked.unet.state_dict().items()}
+        tensors |= {"logits": masked.logits, "initial": masked.initial}
+        self.run.save_checkpoint("masked", tensors, {"n": spec.n, "m": spec.m})
+
+    def _recover(self) -> Iterator[Step]:
+        spec = self.recipe.mask
+        if spec.method == "none":
+            yield Step("recover", 0, 0)
+            return
+        masked = self._masked()
+        tensors, _ = self.run.load_checkpoint("masked")
+        masked.unet.load_state_dict(
+            {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
+        )
+        masked.logits, masked.initial = tensors["logits"], tensors["initial"]
+        masked.to(self.device)
+        weights = self._weights(masked.unet, spec.recover_steps) if spec.recover_steps else None
+        yield from self._train("recover", spec.recover_steps, learn.FixedMasks(masked), weights, masked)
+        if weights is not None:
+            weights.use_average()
+        masked.to("cpu").bake()
+        self._write_layers(masked)
+        record = {"pattern": f"{spec.n}:{spec.m}", "method": spec.method, "parent": self._parent()}
+        self._save_variant("nm", masked.unet, record)
+        self._draw("recover", spec.recover_steps, masked.unet)
+
+    def _evaluate(self) -> Iterator[Step]:
+        yield from evaluate.evaluate(self.run, self.recipe, self.images, self.device)
+
+    def _report(self) -> Iterator[Step]:
+        report.write(self.run)
+        yield Step("report", 1, 1)
+
+    # --- parts of stages ---------------------------------------------------------------------
+    def _train(
+        self,
+        stage: str,
+        steps: int,
+        learner: learn.Learner,
+        weights: learn.Weights | None,
+        masked: MaskedUNet | None = None,
+    ) -> Iterator[Step]:
+        """Iterate a trainer from its checkpoint, with snapshots, previews and checkpoints."""
+        recipe = self.recipe
+        batches = Batches(self.images.train, recipe.data.batch_size, recipe.seed)
+        bf16 = learn.use_bf16(self.device, recipe.train.precision)
+        task = Task(self.model.scheduler, batches, recipe.seed, self.device, bf16)
+        trainer = Trainer(stage, steps, task, learner, weights)
+        found = self.run.load_checkpoint(stage)
+        if found is not None:
+            trainer.load(found[0], found[1]["done"])
+        self.run.forget_after(stage, trainer.done)
+        self.trainer, self.saved = trainer, time.monotonic()
+        self.writer.begin(stage, trainer.done, steps)
+        previewed = {max(1, steps // 2), max(1, steps // 4), max(1, steps * 3 // 4)} if steps > 1 else set()
+        if steps < 200:
+            previewed = {steps // 2} & previewed
+        every = max(1, steps // SNAPSHOTS)
+        for step in trainer:
+            if masked is not None and stage == "mask":
+                last = step.step == steps
+                if step.step % WATCHED_EVERY == 0 or last:
+                    step.values |= watch(masked)
+                if step.step % every == 0 and not last:
+                    self._snapshot(step.step, masked)
+            if step.step in previewed:
+                self._draw(stage, step.step, masked or learner.unet)
+            yield step
+            if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+                self.save_checkpoint()
+
+    def _masked(self) -> MaskedUNet:
+        """The structured variant (or the dense one) under fresh masks."""
+        base = unet.load_unet(self.run.variant(self._parent()) / "unet")
+        base.requires_grad_(False)
+        return MaskedUNet(base, self.recipe.mask.n, self.recipe.mask.m).to(self.device)
+
+    def _parent(self) -> str:
+        return "structured" if self.recipe.prune.target > 0 else "dense"
+
+    def _weights(self, model: torch.nn.Module, steps: int) -> learn.Weights:
+        return learn.Weights(model, self.recipe.train.lr, self.recipe.train.ema, steps)
+
+    def _save_variant(self, name: str, model: torch.nn.Module, record: dict[str, Any] | None = None) -> None:
+        record = {"variant": name, "run": self.run.id} | (record or {})
+        unet.save(model, self.model.scheduler, self.run.variant(name), record)
+
+    def _write_layers(self, masked: MaskedUNet) -> None:
+        rows = {layer.name.removesuffix(".weight"): layer.start for layer in masked.layers}
+        reports = masked.layer_reports()
+        self.run.write_layers([vars(r) | {"start": rows.get(r.layer)} for r in reports])
+
+    def _snapshot(self, step: int, masked: MaskedUNet) -> None:
+        bits = pattern.pack(masked.mask())
+        store.write_npz(self.run.snapshot_path("mask", step), bits=bits, shape=list(masked.logits.shape))
+
+    def _draw(self, stage: str, step: int, model: torch.nn.Module) -> None:
+        """The same few seeds again, so that progress can be seen."""
+        seeds = image_seeds(self.recipe.eval.seed, PREVIEW_IMAGES)
+        images = diffusion.sample(model, self.model.scheduler, seeds, "ddim", PREVIEW_STEPS)
+        info = {"run": self.run.id, "stage": stage, "step": step, "sampler": "ddim", "steps": PREVIEW_STEPS}
+        png = pictures.sheet_png(diffusion.to_uint8(images), info)
+        store.write_atomic(self.run.sample_path(stage, step), png)
+        self.run.event("sample", stage=stage, step=step)
+
+
+def watch(masked: MaskedUNet) -> dict[str, float]:
+    """Entropy and flips of the logits at hand."""
+    with torch.no_grad():
+        mask = masked.mask()
+        return {
+            "entropy": pattern.mean_entropy(masked.logits),
+            "flips": pattern.flips(mask, masked.initial),
+        }
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What ``run --json`` prints."""
+    state = run.state()
+    found: dict[str, Any] = {"run": run.id, "folder": str(run.folder.resolve()), "status": state.status}
+    found |= {"seconds": round(state.seconds, 2), "variants": {}}
+    with suppress(store.StoreError):
+        found["variants"] = run.evaluation()
+    if state.error:
+        found["error"] = state.error
+    return found

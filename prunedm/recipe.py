@@ -1,0 +1,266 @@
+"""The recipe: everything that decides a run's result, as one validated YAML document.
+
+Unknown fields are refused, so that no key is silently ignored. Presets are the YAML files beside this
+module in ``presets/``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PRESETS_FOLDER = Path(__file__).parent / "presets"
+PRESETS = ("smoke", "balanced", "quality")
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}"
+DEVICE_PATTERN = r"auto|cpu|mps|cuda(:\d+)?"
+
+
+class RecipeError(ValueError):
+    """Bad input, said in one line: the field, its value, the rule and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+Steps = Annotated[int, Field(ge=0, le=10_000_000)]
+PositiveSteps = Annotated[int, Field(ge=1, le=10_000_000)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+
+
+class Model(_Section):
+    source: str = Field(
+        "bundled",
+        min_length=1,
+        description="'bundled', a diffusers folder, a Hugging Face id, or an earlier run",
+    )
+
+
+class Data(_Section):
+    source: str = Field("bundled", min_length=1, description="'bundled' or a folder of images")
+    batch_size: int = Field(64, ge=1, le=4096, description="images in a training step")
+
+
+class Prune(_Section):
+    method: Literal["magnitude", "random"] = Field(
+        "magnitude", description="how channels are ranked: L2 norm of their weights, or at random"
+    )
+    target: float = Field(
+        0.4, ge=0, le=0.9, description="share of parameters to remove; 0 skips the stage"
+    )
+    finetune_steps: Steps = Field(200, description="training steps after the channels are gone")
+
+
+class Mask(_Section):
+    n: int = Field(2, ge=1, le=15, description="weights kept in each group")
+    m: int = Field(4, ge=2, le=16, description="weights in a group, along the input channels")
+    method: Literal["none", "magnitude", "gumbel", "reinforce"] = Field(
+        "gumbel", description="fixed by magnitude, learned by gumbel or reinforce, or none: no N:M stage"
+    )
+    steps: Steps = Field(300, description="mask-learning steps")
+    train_weights: bool = Field(False, description="train the weights while the masks learn")
+    recover_steps: Steps = Field(200, description="training steps with the masks frozen")
+    lr: Rate | None = Field(None, description="rate of the mask logits; empty: the method's own")
+    flip_budget: float | None = Field(
+        None, gt=0, lt=1, description="share of groups a first sample changes; empty: the method's own"
+    )
+
+    @model_validator(mode="after")
+    def _n_below_m(self) -> Mask:
+        if self.n >= self.m:
+            raise ValueError(f"n={self.n} must be less than m={self.m}; try 2:4")
+        return self
+
+
+class Train(_Section):
+    lr: Rate = Field(2e-4, description="peak learning rate of the weights (AdamW, cosine)")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast on GPUs that have it, fp32 elsewhere"
+    )
+
+
+class Eval(_Section):
+    images: int = Field(512, ge=2, le=1_000_000, description="generated images for the Frechet distance")
+    sampler: Literal["ddim", "ddpm"] = Field("ddim", description="sampler of diffusers")
+    steps: int = Field(25, ge=1, le=1000, description="sampling steps an image")
+    extractor: Literal["bundled"] = Field("bundled", description="feature network of the distance")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of the evaluation's noise")
+
+
+class Recipe(_Section):
+    """One experiment. Field names, defaults and limits are those of the YAML file."""
+
+    name: str = Field("demo", description="letters, digits, '.', '_' and '-', at most 40")
+    seed: int = Field(0, ge=0, lt=2**31, description="data order, timesteps, noise and masks")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps")
+    model: Model = Field(default_factory=Model)
+    data: Data = Field(default_factory=Data)
+    prune: Prune = Field(default_factory=Prune)
+    mask: Mask = Field(default_factory=Mask)
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(NAME_PATTERN, value):
+            raise ValueError("must be 1 to 40 letters, digits, '.', '_' or '-', starting with one of the first two")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(DEVICE_PATTERN, value):
+            raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
+        return value
+
+    def to_yaml(self) -> str:
+        """The document that :func:`parse` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-4`` is a number, and in which a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise RecipeError(f"the recipe names {', '.join(sorted(twice))} twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """One YAML value, as in ``--set train.lr=1e-4``."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"value {text!r} is not YAML: {_first_line(error)}") from error
+
+
+def parse(text: str, origin: str = "recipe") -> dict[str, Any]:
+    """YAML text to a nested dict, not yet validated."""
+    try:
+        document = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{origin} is not YAML: {_first_line(error)}; mend that line") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise RecipeError(f"{origin} holds a {type(document).__name__}; it must be sections of fields")
+    return document
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A recipe file to a nested dict."""
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {_first_line(error)}; give a YAML file") from error
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A bundled preset as a nested dict."""
+    if name not in PRESETS:
+        raise RecipeError(f"preset {name!r} is not known; use one of {', '.join(PRESETS)}")
+    return read(PRESETS_FOLDER / f"{name}.yaml")
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged
+
+
+def assignment(text: str) -> dict[str, Any]:
+    """``section.field=value`` as a nested dict."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {text!r} is not section.field=value; for example mask.n=1")
+    document: Any = parse_value(value)
+    for key in reversed(keys):
+        document = {key: document}
+    return document
+
+
+def build(document: dict[str, Any]) -> Recipe:
+    """Validate; raises :class:`RecipeError` with one line for the first fault."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(_explain(error)) from error
+
+
+def resolve(
+    path: Path | None = None,
+    preset_name: str | None = None,
+    assignments: list[str] | None = None,
+    name: str | None = None,
+) -> Recipe:
+    """Preset, then file, then ``--set``, then ``--name``: the later wins."""
+    document: dict[str, Any] = preset(preset_name) if preset_name else {}
+    if path is not None:
+        document = merge(document, read(path))
+    for text in assignments or []:
+        document = merge(document, assignment(text))
+    if name is not None:
+        document["name"] = name
+    return build(document)
+
+
+def differences(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Fields in which two recipes differ, as ``section.field -> (a, b)``."""
+    flat_a, flat_b = flatten(a.model_dump()), flatten(b.model_dump())
+    return {key: (flat_a[key], flat_b[key]) for key in flat_a if flat_a[key] != flat_b[key]}
+
+
+def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections to ``section.field`` keys."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _explain(error: ValidationError) -> str:
+    faults = error.errors()
+    fault = faults[0]
+    field = ".".join(str(part) for part in fault["loc"]) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(fault["loc"][:-1])
+        line = f"{field} is not a field of the recipe; known there: {', '.join(known)}"
+    else:
+        rule = fault["msg"].removeprefix("Value error, ")
+        value = fault["input"]
+        shown = "" if isinstance(value, dict) else f"={value!r}"
+        line = f"{field}{shown}: {rule[0].lower()}{rule[1:]}"
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return " ".join(line.split())[:400] + more
+
+
+def _fields_at(location: tuple) -> list[str]:
+    section: Any = Recipe
+    for key in location:
+        section = section.model_fields[key].annotation
+    return list(section.model_fields)
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,146 @@
+"""One self-contained HTML page of a run: figures, same-seed samples, layers, recipe, environment."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from typing import Any
+
+from . import environment, pictures
+from .evaluate import SHEET_NAME, variants_of
+from .records import VARIANT_LABELS
+from .store import Run, write_atomic
+
+SHOWN_SEEDS, ZOOM = 8, 3
+STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1f2b}
+table{border-collapse:collapse;margin:1rem 0;width:100%}
+th,td{border-bottom:1px solid #d8dce3;padding:.3rem .6rem;text-align:right}
+th:first-child,td:first-child{text-align:left}
+pre{background:#f4f6f9;padding:1rem;overflow:auto}
+img{image-rendering:pixelated;max-width:100%}
+"""
+
+
+def figure_rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """The metric table: (label, variant -> text with the difference from dense). Absent is 'n/a'."""
+    extractor = next((r["fid_extractor"] for r in results.values() if r.get("fid_extractor")), "FD")
+    count = next((r["fid_images"] for r in results.values() if r.get("fid_images")), "?")
+    timed = next((r for r in results.values() if r.get("latency_ms") is not None), {})
+    where = f"{timed.get('device')}, {timed.get('dtype')}, batch {timed.get('batch')}"
+    rows = [
+        ("Parameters", "parameters", "{:,.0f}"),
+        ("Non-zero parameters", "nonzero_parameters", "{:,.0f}"),
+        ("MACs an image (dense arithmetic)", "macs", "{:,.0f}"),
+        ("MACs an image (N:M hardware, theoretical)", "macs_sparse", "{:,.0f}"),
+        ("Bytes of the weights on disk", "bytes", "{:,.0f}"),
+        ("Validation loss", "validation_loss", "{:.5f}"),
+        (f"{extractor} ({count} images)", "fid", "{:.3f}"),
+        (f"Latency of a UNet call, ms (median; {where})", "latency_ms", "{:.1f}"),
+    ]
+    return [(label, {v: _cell(results, v, key, form) for v in results}) for label, key, form in rows]
+
+
+def headline(results: dict[str, dict[str, Any]]) -> str:
+    """What happened, in one or two plain sentences."""
+    dense = results.get("dense")
+    last = results.get("nm") or results.get("structured")
+    if not dense or not last:
+        return "Only the dense model has been evaluated so far."
+    kept = last["nonzero_parameters"] / dense["nonzero_parameters"]
+    text = f"{1 - kept:.0%} of the dense model's weights are gone"
+    if dense.get("validation_loss") and last.get("validation_loss"):
+        loss = last["validation_loss"] / dense["validation_loss"] - 1
+        text += f"; the noise-prediction error changed by {loss:+.1%}"
+    if dense.get("fid") is not None and last.get("fid") is not None:
+        text += f" and {last['fid_extractor']} from {dense['fid']:.2f} to {last['fid']:.2f}"
+    if dense.get("latency_ms") and last.get("latency_ms"):
+        text += f". A UNet call takes {last['latency_ms'] / dense['latency_ms']:.2f} times the dense model's time here"
+    if "nm" in results and "cpu" in str(results["nm"].get("device")):
+        text += ". N:M masks save no time on a CPU: they save weights"
+    return text + "."
+
+
+def write(run: Run) -> None:
+    """``report.html`` in the run folder."""
+    write_atomic(run.report_path, render(run).encode())
+
+
+def render(run: Run) -> str:
+    """The page as text; it asks the web for nothing."""
+    results, recipe = run.evaluation(), run.recipe()
+    labels = [VARIANT_LABELS[v] for v in results]
+    table = _table(["", *labels], [[label, *cells.values()] for label, cells in figure_rows(results)])
+    sections = [
+        f"<h1>PruneDM report: {html.escape(run.id)}</h1><p>{html.escape(headline(results))}</p>",
+        f"<h2>Figures</h2>{table}",
+        f"<h2>Samples from the same seeds</h2>{_grid(run)}",
+        _sparsity(run, results),
+        f"<h2>Recipe</h2><pre>{html.escape(recipe.to_yaml())}</pre>",
+        f"<h2>Environment</h2>{_table(['', ''], list((environment.versions() | environment.machine()).items()))}",
+        "<h2>Again</h2><pre>python -m prunedm run recipe.yaml</pre>",
+    ]
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' "
+        f"content='width=device-width'><title>{html.escape(run.id)}</title><style>{STYLE}</style>"
+        f"<body>{''.join(sections)}</body></html>"
+    )
+
+
+def _cell(results: dict[str, dict[str, Any]], variant: str, key: str, form: str) -> str:
+    value, dense = results[variant].get(key), results.get("dense", {}).get(key)
+    if value is None:
+        return "n/a"
+    difference = f" ({value / dense - 1:+.1%})" if variant != "dense" and dense else ""
+    return form.format(value) + difference
+
+
+def _grid(run: Run) -> str:
+    rows = []
+    for name in variants_of(run):
+        images, _ = pictures.read_sheet(run.variant(name) / SHEET_NAME)
+        cells = "".join(
+            f"<img alt='{VARIANT_LABELS[name]} sample, seed {i}' src='{_data_url(image)}'>"
+            for i, image in enumerate(images[:SHOWN_SEEDS])
+        )
+        rows.append([VARIANT_LABELS[name], cells])
+    head = ["", f"seeds 0 to {SHOWN_SEEDS - 1}"]
+    return _table(head, rows, raw=True)
+
+
+def _sparsity(run: Run, results: dict[str, dict[str, Any]]) -> str:
+    if "nm" not in results:
+        return ""
+    figures = results["nm"]
+    rows = [
+        [
+            layer["layer"],
+            "x".join(map(str, layer["shape"])),
+            f"{layer['compliance']:.0%}" if layer["compliance"] is not None else "",
+            f"{layer['density']:.0%}" if layer["density"] is not None else "",
+            layer["reason"],
+        ]
+        for layer in run.layers()
+    ]
+    return (
+        f"<h2>N:M layers</h2><p>Pattern {figures['pattern']}, {figures['masked_layers']} layers masked, "
+        f"{len(figures['skipped_layers'])} left dense, compliance {figures['compliance']:.1%} "
+        "(read from the saved file).</p>"
+        + _table(["layer", "shape", "compliance", "density", "why dense"], rows)
+    )
+
+
+def _table(head: list[str], rows: list[Any], raw: bool = False) -> str:
+    def show(value: Any) -> str:
+        return str(value) if raw else html.escape(str(value))
+
+    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    body = "".join(f"<tr>{''.join(f'<td>{show(c)}</td>' for c in row)}</tr>" for row in rows)
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _data_url(image) -> str:
+    buffer = io.BytesIO()
+    pictures.enlarged(image, ZOOM).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

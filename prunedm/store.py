@@ -1,0 +1,360 @@
+"""The run folder: the only code that knows its file names.
+
+::
+
+    runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  log.txt  evaluation.json
+                masks/*.npz  samples/*.png  checkpoints/*.safetensors  variants/<name>/...  report.html
+
+JSON files are replaced atomically; JSONL files only grow, and a torn last line is ignored by readers
+and cut off by the next writer. Nothing here is a pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+from filelock import FileLock, Timeout
+
+from . import recipe as recipes
+from .records import ACTIVE, RunState, Status, Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+SCHEMA = 1
+STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
+
+
+class StoreError(ValueError):
+    """A run folder that is missing, unreadable, locked or full, in one line."""
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write beside, flush to disk, replace: a reader sees the old file or the new, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic JSON."""
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False).encode())
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    """Arrays in one compressed file, atomically; read with ``allow_pickle=False``."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **{key: np.asarray(value) for key, value in arrays.items()})
+    write_atomic(path, buffer.getvalue())
+
+
+def read_json(path: Path) -> Any:
+    """JSON, or StoreError with the file's name."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({error}); restore or delete the run") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; a torn last line, or none at all, is no error."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # torn by a crash in the middle of the file's life; the next line is whole
+    return records
+
+
+class Run:
+    """One run folder. Cheap to make: reads nothing until asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.id = folder.name
+
+    def __repr__(self) -> str:
+        return f"Run({self.id})"
+
+    # --- paths -------------------------------------------------------------------------------
+    @property
+    def report_path(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "log.txt"
+
+    def variant(self, name: str) -> Path:
+        """The diffusers folder of one variant (it may not exist yet)."""
+        return self.folder / "variants" / name
+
+    # --- recipe and state --------------------------------------------------------------------
+    def recipe(self) -> recipes.Recipe:
+        return recipes.build(recipes.read(self.folder / "recipe.yaml"))
+
+    def state(self) -> RunState:
+        """The recorded state, with a dead owner's run shown as *interrupted*."""
+        raw = read_json(self.folder / "state.json")
+        known = {field.name for field in dataclasses.fields(RunState)}
+        if not isinstance(raw, dict) or raw.get("schema", 0) > SCHEMA or not set(raw) <= known:
+            raise StoreError(f"{self.folder}/state.json is of another version; update prunedm to read it")
+        state = RunState(**raw)
+        if state.status in ACTIVE and not _owner_lives(state):
+            state.status = "interrupted"
+        elif state.status == "running" and self.stop_requested():
+            state.status = "stopping"
+        return state
+
+    def write_state(self, state: RunState) -> None:
+        state.heartbeat = time.time()
+        write_json(self.folder / "state.json", dataclasses.asdict(state))
+
+    def claim(self, state: RunState, status: Status) -> None:
+        """Record this process as the run's owner."""
+        state.status, state.pid = status, os.getpid()
+        state.pid_started = psutil.Process().create_time()
+        state.host, state.error = socket.gethostname(), None
+        self.write_state(state)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Only one process works on a run; the second is told at once."""
+        lock = FileLock(self.folder / ".lock", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StoreError(f"run {self.id} is already being worked on; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # --- stop requests, seen by whichever process works on the run -----------------------------
+    def request_stop(self) -> None:
+        (self.folder / "stop").touch()
+
+    def clear_stop(self) -> None:
+        (self.folder / "stop").unlink(missing_ok=True)
+
+    def stop_requested(self) -> bool:
+        return (self.folder / "stop").exists()
+
+    # --- growing files -----------------------------------------------------------------------
+    def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
+        """Append lines to ``metrics.jsonl`` or ``events.jsonl`` in one write."""
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if text:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+
+    def event(self, kind: str, **values: Any) -> None:
+        self.append("events.jsonl", [{"time": round(time.time(), 3), "kind": kind, **values}])
+
+    def log(self, line: str) -> None:
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record a step: ``{"stage", "step", "time", ...}``."""
+        return read_jsonl(self.folder / "metrics.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.folder / "events.jsonl")
+
+    def forget_after(self, stage: str, step: int) -> None:
+        """Drop what a killed process recorded of ``stage`` beyond its checkpoint at ``step``."""
+        for name in ("metrics.jsonl", "events.jsonl"):
+            path = self.folder / name
+            records = read_jsonl(path)
+            kept = [r for r in records if r.get("stage") != stage or r.get("step", 0) <= step]
+            if path.exists():
+                write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+        for path in [*self.mask_snapshots(), *self.samples()]:
+            if stage_step(path)[0] == stage and stage_step(path)[1] > step:
+                path.unlink()
+
+    # --- tensors -----------------------------------------------------------------------------
+    def save_checkpoint(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Tensors and a JSON record in one safetensors file, replaced atomically."""
+        from safetensors.torch import save
+
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        content = save(plain, metadata={"record": json.dumps(meta)})
+        write_atomic(self.folder / "checkpoints" / f"{name}.safetensors", content)
+
+    def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What :meth:`save_checkpoint` wrote, or None when there is none."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / "checkpoints" / f"{name}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return tensors, json.loads(file.metadata()["record"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); delete it to redo the stage") from error
+
+    def drop_checkpoint(self, name: str) -> None:
+        (self.folder / "checkpoints" / f"{name}.safetensors").unlink(missing_ok=True)
+
+    # --- pictures ----------------------------------------------------------------------------
+    def snapshot_path(self, stage: str, step: int) -> Path:
+        return self._made("masks") / f"{stage}-{step:07d}.npz"
+
+    def sample_path(self, stage: str, step: int) -> Path:
+        return self._made("samples") / f"{stage}-{step:07d}.png"
+
+    def mask_snapshots(self) -> list[Path]:
+        return sorted((self.folder / "masks").glob("*.npz"), key=stage_step)
+
+    def samples(self) -> list[Path]:
+        """Sample grids in the order they were drawn."""
+        return sorted((self.folder / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime_ns)
+
+    # --- results -----------------------------------------------------------------------------
+    def evaluation(self) -> dict[str, dict[str, Any]]:
+        """Variant name to its figures; empty before the first one."""
+        path = self.folder / "evaluation.json"
+        return read_json(path) if path.exists() else {}
+
+    def write_evaluation(self, value: dict[str, dict[str, Any]]) -> None:
+        write_json(self.folder / "evaluation.json", value)
+
+    def layers(self) -> list[dict[str, Any]]:
+        """The layer report of stage 2; empty before it."""
+        path = self.folder / "layers.json"
+        return read_json(path) if path.exists() else []
+
+    def write_layers(self, value: list[dict[str, Any]]) -> None:
+        write_json(self.folder / "layers.json", value)
+
+    def _made(self, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+def stage_step(path: Path) -> tuple[str, int]:
+    """``mask-0000300.npz`` to ``("mask", 300)``."""
+    stage, _, step = path.stem.rpartition("-")
+    return stage, int(step) if step.isdigit() else 0
+
+
+def create(runs_dir: Path, recipe: recipes.Recipe) -> Run:
+    """A new run folder with its recipe, state *queued*, owned by this process."""
+    check_writable(runs_dir)
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe.name}"
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        run = Run(runs_dir / f"{stem}{suffix}")
+        try:
+            run.folder.mkdir()
+        except FileExistsError:
+            continue
+        write_atomic(run.folder / "recipe.yaml", recipe.to_yaml().encode())
+        run.claim(RunState(created=time.time(), schema=SCHEMA), "queued")
+        return run
+    raise StoreError(f"{runs_dir} already holds 999 runs named {stem}; use another --name")
+
+
+def check_writable(runs_dir: Path) -> None:
+    """Make the runs folder, or say why it cannot be."""
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"runs folder {runs_dir} cannot be made ({error.strerror}); use --runs-dir") from error
+    if not os.access(runs_dir, os.W_OK):
+        raise StoreError(f"runs folder {runs_dir} is not writable; use --runs-dir")
+
+
+def find(runs_dir: Path, run_id: str) -> Run:
+    """A run by id. The id is checked before it joins a path."""
+    if not RUN_ID.fullmatch(run_id):
+        raise StoreError(f"run id {run_id!r} is not an id; `python -m prunedm ls` lists them")
+    folder = runs_dir / run_id
+    if folder.is_symlink() or not (folder / "recipe.yaml").is_file():
+        raise StoreError(f"no run {run_id!r} in {runs_dir}; `python -m prunedm ls` lists them")
+    return Run(folder)
+
+
+def all_runs(runs_dir: Path) -> list[Run]:
+    """Newest first. Folders without a recipe are not runs."""
+    if not runs_dir.is_dir():
+        return []
+    folders = [p for p in runs_dir.iterdir() if RUN_ID.fullmatch(p.name) and not p.is_symlink()]
+    return [Run(p) for p in sorted(folders, reverse=True) if (p / "recipe.yaml").is_file()]
+
+
+def delete(run: Run) -> None:
+    """Remove a run folder for good."""
+    shutil.rmtree(run.folder)
+
+
+def _owner_lives(state: RunState) -> bool:
+    if state.host != socket.gethostname():
+        return time.time() - state.heartbeat < STALE_AFTER
+    try:
+        created = psutil.Process(state.pid).create_time()
+    except (psutil.Error, TypeError, ValueError):
+        return False
+    return abs(created - (state.pid_started or 0)) < 1.0
+
+
+class MetricsWriter:
+    """Buffers step records and writes them, with the state's progress, about once a second."""
+
+    def __init__(self, run: Run, state: RunState, every: float = 1.0) -> None:
+        self.run, self.state, self.every = run, state, every
+        self.lines: list[dict[str, Any]] = []
+        self.written = self.stage_began = time.monotonic()
+        self.stage_first = 0
+
+    def begin(self, stage: str, step: int, of: int) -> None:
+        """A stage starts at ``step`` (not 0 when resumed)."""
+        self.stage_began, self.stage_first = time.monotonic(), step
+        self.state.stage, self.state.step, self.state.of = stage, step, of
+        self.state.rate = self.state.eta = None
+        self.flush()
+
+    def add(self, record: Step) -> None:
+        state, now = self.state, time.monotonic()
+        state.step = record.step
+        elapsed = now - self.stage_began
+        if elapsed > 0 and record.step > self.stage_first:
+            state.rate = (record.step - self.stage_first) / elapsed
+            state.eta = (record.of - record.step) / state.rate
+        if record.values:
+            stamp = {"stage": record.stage, "step": record.step, "time": round(time.time(), 3)}
+            self.lines.append(stamp | record.values)
+        if now - self.written >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        self.run.append("metrics.jsonl", self.lines)
+        self.lines = []
+        self.run.write_state(self.state)
+        self.written = time.monotonic()

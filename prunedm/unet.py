@@ -1,0 +1,226 @@
+"""UNets in and out: load a diffusers folder, rebuild a pruned one from its shapes, save, count.
+
+A pruned UNet keeps diffusers' class and layer names; only widths differ from what ``config.json``
+would build. Its folder is read back by giving each layer empty parameters of the shapes in the
+safetensors file and then loading strictly, so nothing is ever re-initialised in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import ASSETS, BUNDLED
+
+BUNDLED_MODEL = ASSETS / "fashion-ddpm"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PRUNED_RECORD = "prunedm.json"  # beside a variant's model_index.json: what was done to it
+
+
+class ModelError(ValueError):
+    """A model that is missing, unsafe or of an unknown kind, in one line with the remedy."""
+
+
+@dataclass
+class Diffusion:
+    """A denoising model: the UNet and the scheduler it was trained with."""
+
+    unet: nn.Module
+    scheduler: Any
+    source: str
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return image_shape(self.unet)
+
+
+def image_shape(unet: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that the UNet denoises."""
+    side = unet.config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return unet.config.in_channels, height, width
+
+
+def load(source: str) -> Diffusion:
+    """The bundled model, a diffusers pipeline folder, a bare UNet folder or a Hugging Face id.
+
+    Always float32, evaluation mode. Raises ModelError with value, rule and remedy.
+    """
+    folder = BUNDLED_MODEL if source == BUNDLED else Path(source)
+    if not folder.exists():
+        folder = _download(source)
+    if not folder.is_dir():
+        raise ModelError(f"model.source={source} is a file; give the diffusers folder that holds it")
+    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    unet = load_unet(unet_folder)
+    return Diffusion(unet, _load_scheduler(folder), source)
+
+
+def load_unet(folder: Path) -> nn.Module:
+    """A UNet2DModel folder (``config.json`` and safetensors weights), pruned or not, strictly."""
+    from diffusers import UNet2DModel
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model folder {folder} has no readable config.json ({error.__class__.__name__}); "
+            "give a folder written by diffusers' save_pretrained"
+        ) from error
+    if config.get("_class_name") != "UNet2DModel":
+        raise ModelError(
+            f"model folder {folder} holds a {config.get('_class_name')}; only UNet2DModel is supported"
+        )
+    if not (folder / WEIGHTS).is_file():
+        pickled = any(folder.glob("*.bin"))
+        why = "only pickled weights, which are never loaded" if pickled else f"no {WEIGHTS}"
+        raise ModelError(f"model folder {folder} has {why}; save it with safe_serialization=True")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        unet = UNet2DModel.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ModelError(f"model folder {folder} cannot be read ({_line(error)})") from error
+    fit_shapes(unet, tensors)
+    try:
+        unet.load_state_dict({key: value.float() for key, value in tensors.items()})
+    except RuntimeError as error:
+        raise ModelError(f"weights in {folder} do not fit config.json ({_line(error)})") from error
+    return unet.eval()
+
+
+def save(unet: nn.Module, scheduler, folder: Path, record: dict[str, Any]) -> None:
+    """A diffusers pipeline folder (safetensors only) with ``prunedm.json`` beside it."""
+    from diffusers import DDPMPipeline
+
+    DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
+    (folder / PRUNED_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def fit_shapes(unet: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give each Conv2d, Linear and GroupNorm empty parameters of the shapes in ``tensors``."""
+    for name, module in unet.named_modules():
+        weight = tensors.get(f"{name}.weight")
+        if weight is None or getattr(module, "weight", None) is None:
+            continue
+        if not isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
+            continue
+        if module.weight.shape != weight.shape:
+            module.weight = nn.Parameter(torch.empty(weight.shape))
+            if module.bias is not None:
+                module.bias = nn.Parameter(torch.empty(weight.shape[0]))
+    sync_attributes(unet)
+
+
+def sync_attributes(unet: nn.Module) -> None:
+    """Make the widths that modules remember agree with their parameters.
+
+    Up- and downsamplers assert on ``channels``; attention derives its head size from ``heads``.
+    """
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.out_channels, module.in_channels = module.weight.shape[:2]
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.GroupNorm):
+            module.num_channels = module.weight.shape[0]
+    for module in unet.modules():
+        if module.__class__.__name__ in ("Upsample2D", "Downsample2D") and module.conv is not None:
+            conv = module.conv
+            module.channels, module.out_channels = conv.in_channels, conv.out_channels
+        elif module.__class__.__name__ == "Attention" and module.heads > 1:
+            # Whole heads are pruned (structured.py), so the size of a head never changes.
+            module.heads = module.to_q.out_features // head_size(unet, module)
+            module.sliceable_head_dim = module.heads
+
+
+def head_size(unet: nn.Module, attention: nn.Module) -> int:
+    """Channels of one attention head as the model's config says; the whole width for one head."""
+    declared = unet.config.attention_head_dim
+    return declared if attention.heads > 1 and declared else attention.to_q.out_features
+
+
+def resolve_device(name: str) -> torch.device:
+    """A recipe's device; ModelError says what is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(name.partition(":")[2] or 0)
+        if index >= count:
+            raise ModelError(f"device={name}: this machine has {count} CUDA devices; use device: auto")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("device=mps: no Apple GPU is available here; use device: auto")
+    return torch.device(name)
+
+
+def parameters(unet: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in unet.parameters())
+
+
+def nonzero_parameters(unet: nn.Module) -> int:
+    """Number of parameters that are not exactly zero."""
+    return sum(int(p.count_nonzero()) for p in unet.parameters())
+
+
+@torch.no_grad()
+def macs(unet: nn.Module) -> int:
+    """Multiply-accumulates of one UNet call on one image: half of torch's own FLOP count."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parameter = next(unet.parameters())
+    x = torch.zeros(1, *image_shape(unet), device=parameter.device, dtype=parameter.dtype)
+    # The math backend is made of matrix products, which the counter knows on every device.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        unet(x, torch.zeros(1, device=x.device, dtype=torch.long))
+    return counter.get_total_flops() // 2
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes on disk of a variant's UNet weights."""
+    return (folder / "unet" / WEIGHTS).stat().st_size
+
+
+def _download(source: str) -> Path:
+    """A Hugging Face id through huggingface_hub: safetensors and JSON files only."""
+    import re
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise ModelError(
+            f"model.source={source} is not there; give 'bundled', a diffusers folder or owner/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "unet/*", WEIGHTS]
+        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"model.source={source} is no folder here and the hub did not give it "
+            f"({error.__class__.__name__}); check the id and the network, or give a folder"
+        ) from error
+
+
+def _load_scheduler(folder: Path):
+    from diffusers import DDPMScheduler
+
+    path = next(
+        (p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None
+    )
+    if path is None:
+        return DDPMScheduler()
+    config = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8"))
+    return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
