@@ -149,7 +149,7 @@ def _work(run: Run, as_json: bool) -> None:
     previous = signal.signal(signal.SIGINT, on_interrupt)
     began = time.monotonic()
     try:
-        with _progress() as bars:
+        with _Progress() as bars:
             status = pipeline.execute(run, bars, lambda: bool(asked))
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -169,12 +169,18 @@ def _work(run: Run, as_json: bool) -> None:
         raise typer.Exit(FAILED)
 
 
-class _progress:
+class _Progress:
     """One rich bar a stage, with rate and ETA, on standard error."""
 
-    def __enter__(self) -> _progress:
+    def __enter__(self) -> _Progress:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self.bars = Progress(
             TextColumn("{task.description:<20}"),
@@ -192,7 +198,7 @@ class _progress:
         self.bars.stop()
 
     def __call__(self, step: Any) -> None:
-        from .pipeline import STAGE_LABELS
+        from .records import STAGE_LABELS
 
         if step.of == 0:
             return

@@ -13,12 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import bundled
 from .seeds import generator
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUNDLED = "bundled"
-BUNDLED_NAME = "fashion-mnist-15k"
-BUNDLED_IMAGES = ASSETS / "data" / "fashion-mnist-15k.npz"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HELD_OUT_SHARE = 0.1
 
@@ -47,7 +44,7 @@ def load(source: str, shape: tuple[int, int, int]) -> Images:
 
     Raises ValueError with value, rule and remedy when nothing usable is there.
     """
-    if source != BUNDLED:
+    if source != bundled.NAME:
         return load_folder(Path(source), shape)
     images = load_bundled()
     if images.shape != shape:
@@ -58,14 +55,14 @@ def load(source: str, shape: tuple[int, int, int]) -> Images:
     return images
 
 
-def load_bundled(path: Path = BUNDLED_IMAGES) -> Images:
+def load_bundled(path: Path = bundled.IMAGES) -> Images:
     """The bundled subset: 12,000 training and 3,000 held-out grey images of 28x28."""
     with np.load(path, allow_pickle=False) as archive:
         train, held_out = archive["train_images"], archive["heldout_images"]
-    return Images(BUNDLED_NAME, *(torch.from_numpy(a)[:, None] for a in (train, held_out)))
+    return Images(bundled.IMAGES_NAME, *(torch.from_numpy(a)[:, None] for a in (train, held_out)))
 
 
-def load_bundled_labels(path: Path = BUNDLED_IMAGES) -> tuple[Tensor, Tensor]:
+def load_bundled_labels(path: Path = bundled.IMAGES) -> tuple[Tensor, Tensor]:
     """Class labels 0..9 of the bundled training and held-out images."""
     with np.load(path, allow_pickle=False) as archive:
         return tuple(torch.from_numpy(archive[k]).long() for k in ("train_labels", "heldout_labels"))

@@ -53,10 +53,9 @@ def machine() -> dict[str, str]:
 
 def checks(runs_dir: Path) -> list[Check]:
     """All that a run needs, looked at one by one."""
-    from .data import BUNDLED_IMAGES
+    from . import bundled
     from .learn import use_bf16
-    from .metrics import FEATURE_NETWORK, REFERENCE
-    from .unet import BUNDLED_MODEL, resolve_device
+    from .unet import resolve_device
 
     supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
     found = [Check("python", supported, platform.python_version(), "use Python 3.10 to 3.13")]
@@ -69,7 +68,7 @@ def checks(runs_dir: Path) -> list[Check]:
     free = psutil.virtual_memory().available / 2**30
     found.append(Check("memory", free > 3, f"{free:.1f} GiB free of {here['memory']}", "close programs: 3 GiB are needed"))
     found.append(Check("device", True, f"{device} (GPU: {here['gpu']}), bf16 training: {use_bf16(device, 'auto')}"))
-    for asset in (BUNDLED_MODEL, BUNDLED_IMAGES, FEATURE_NETWORK, REFERENCE):
+    for asset in (bundled.MODEL, bundled.IMAGES, bundled.FEATURE_NETWORK, bundled.REFERENCE):
         there = "there" if asset.exists() else "missing"
         found.append(Check(f"assets/{asset.name}", asset.exists(), there, "restore it from the repository"))
     existing = next(p for p in (runs_dir, *runs_dir.absolute().parents) if p.exists())

@@ -7,48 +7,24 @@ latency is always measured here, interleaved with that of the other variants.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import data, diffusion, latency, metrics, pattern, pictures, unet
-from .data import ASSETS
+from . import bundled, data, diffusion, latency, metrics, pattern, pictures, unet
 from .recipe import Eval, Recipe
-from .records import VARIANTS, Evaluation, Step
+from .records import Evaluation, Step
 from .seeds import derive
 from .store import Run, write_atomic
 
 VALIDATION_IMAGES, VALIDATION_BATCH, SAMPLE_BATCH, SHEET = 512, 128, 64, 64
-DENSE_EVALUATIONS = ASSETS / "dense-evaluations.json"
-SHEET_NAME = "samples.png"
 
 
 def image_seeds(seed: int, count: int) -> list[int]:
     """The noise seeds of the evaluation's images, the same for every variant."""
     return [derive(seed, "evaluation", i) for i in range(count)]
-
-
-def settings_key(settings: Eval) -> str:
-    """What quality figures depend on, as a name for the cached ones."""
-    s = settings
-    return f"{s.images}-{s.sampler}-{s.steps}-{s.extractor}-{s.seed}"
-
-
-def bundled_sheet(settings: Eval) -> Path:
-    """Where the assets keep the dense model's sample sheet for these settings."""
-    return ASSETS / f"dense-samples-{settings.sampler}-{settings.steps}-{settings.seed}.png"
-
-
-def bundled_quality(recipe: Recipe) -> dict[str, Any] | None:
-    """The dense model's shipped figures, or None when these settings are not among them."""
-    if recipe.model.source != unet.BUNDLED or recipe.data.source != data.BUNDLED:
-        return None
-    if not DENSE_EVALUATIONS.exists() or not bundled_sheet(recipe.eval).exists():
-        return None
-    return json.loads(DENSE_EVALUATIONS.read_text())["evaluations"].get(settings_key(recipe.eval))
 
 
 def counts(model: torch.nn.Module, folder: Path) -> Evaluation:
@@ -84,8 +60,8 @@ def quality(
         yield {}
     info = info | {"sampler": settings.sampler, "steps": settings.steps, "seed": settings.seed}
     write_atomic(sheet, pictures.sheet_png(torch.cat(shown)[:SHEET], info))
-    bundled = images.name == data.BUNDLED_NAME
-    reference = metrics.reference_statistics(images.train, bundled, str(device))
+    is_bundled = images.name == bundled.IMAGES_NAME
+    reference = metrics.reference_statistics(images.train, is_bundled, str(device))
     yield {
         "validation_loss": loss,
         "fid": metrics.frechet_distance(metrics.statistics(torch.cat(features)), reference),
@@ -121,14 +97,9 @@ def sparsity(run: Run, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def variants_of(run: Run) -> list[str]:
-    """Names of the variants whose folders are complete."""
-    return [name for name in VARIANTS if (run.variant(name) / unet.PRUNED_RECORD).exists()]
-
-
 def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device) -> Iterator[Step]:
     """Evaluate each variant that is not yet in ``evaluation.json``, then time all together."""
-    names, results = variants_of(run), run.evaluation()
+    names, results = run.variants(), run.evaluation()
     each = quality_steps(recipe.eval)
     total, done = each * len(names) + latency.ROUNDS, 0
     models = {name: unet.load(str(run.variant(name))) for name in names}
@@ -136,12 +107,12 @@ def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device
         model = models[name].unet.to(device)
         if name not in results:
             figures = counts(model, run.variant(name))
-            shipped = bundled_quality(recipe) if name == "dense" else None
+            shipped = bundled.quality(recipe) if name == "dense" else None
             if shipped is not None:
-                write_atomic(run.variant(name) / SHEET_NAME, bundled_sheet(recipe.eval).read_bytes())
+                write_atomic(run.sheet(name), bundled.sheet(recipe.eval).read_bytes())
                 found = shipped
             else:
-                sheet = run.variant(name) / SHEET_NAME
+                sheet = run.sheet(name)
                 scheduler = models[name].scheduler
                 for i, found in enumerate(
                     quality(model, scheduler, recipe.eval, images, sheet, {"run": run.id, "variant": name})

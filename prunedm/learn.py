@@ -21,8 +21,8 @@ from . import diffusion, masks, pattern
 from .data import Batches
 from .diffusion import NoisedBatch
 from .masks import MaskedUNet
-from .records import Step
 from .recipe import Mask
+from .records import Step
 from .seeds import generator
 
 WARMUP_SHARE = 0.05

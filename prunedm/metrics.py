@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data import ASSETS
+from .bundled import FEATURE_NETWORK, REFERENCE
 
-FEATURE_NETWORK = ASSETS / "feature-network.safetensors"
-REFERENCE = ASSETS / "reference-statistics.npz"
 EXTRACTOR_LABELS = {"bundled": "FD-fashion"}
 FEATURES = 64
 SIDE = 28
@@ -85,9 +83,9 @@ def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> floa
     return max(0.0, fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID])
 
 
-def reference_statistics(images: Tensor, bundled: bool, device: str = "cpu") -> dict[str, np.ndarray]:
+def reference_statistics(images: Tensor, is_bundled: bool, device: str = "cpu") -> dict[str, np.ndarray]:
     """Statistics of real images: from the assets for the bundled training set, else computed."""
-    if bundled:
+    if is_bundled:
         return read_statistics(REFERENCE)
     return statistics(extract(images.split(256), device))
 

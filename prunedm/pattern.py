@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,13 +85,3 @@ def tensor_core_ready(shape: torch.Size | tuple[int, ...]) -> bool:
 def patterns_per_group(n: int, m: int) -> int:
     """How many N:M masks one group has: C(M, N)."""
     return math.comb(m, n)
-
-
-def pack(mask: Tensor) -> np.ndarray:
-    """A 0/1 mask of any shape as bits, eight a byte."""
-    return np.packbits(mask.ne(0).cpu().numpy())
-
-
-def unpack(bits: np.ndarray, shape: list[int] | tuple[int, ...]) -> np.ndarray:
-    """The inverse of :func:`pack`: a uint8 0/1 array of ``shape``."""
-    return np.unpackbits(bits, count=math.prod(int(s) for s in shape)).reshape([int(s) for s in shape])

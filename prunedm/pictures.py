@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLUMNS = 8
 

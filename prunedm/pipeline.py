@@ -16,24 +16,28 @@ from typing import Any
 
 import torch
 
-from . import data, diffusion, evaluate, learn, masks, pattern, pictures, report, store, structured, unet
+from . import (
+    data,
+    diffusion,
+    evaluate,
+    learn,
+    masks,
+    pattern,
+    pictures,
+    report,
+    snapshots,
+    store,
+    structured,
+    unet,
+)
 from .data import Batches
 from .evaluate import image_seeds
 from .learn import Task, Trainer
 from .masks import MaskedUNet
 from .recipe import Recipe
-from .records import RESUMABLE, Step
+from .records import RESUMABLE, STAGES, Step
 from .store import MetricsWriter, Run
 
-STAGES = ("prune", "finetune", "mask", "recover", "evaluate", "report")
-STAGE_LABELS = {
-    "prune": "Prune channels",
-    "finetune": "Fine-tune",
-    "mask": "Learn N:M masks",
-    "recover": "Recover and bake",
-    "evaluate": "Evaluate variants",
-    "report": "Write report",
-}
 CHECKPOINT_SECONDS = 20.0
 PREVIEW_IMAGES, PREVIEW_STEPS = 16, 10
 SNAPSHOTS = 20  # mask snapshots over the mask stage
@@ -50,7 +54,7 @@ def resolve_source(source: str, runs_dir: Path) -> str:
     if not store.RUN_ID.fullmatch(run_id) or not (runs_dir / run_id / "recipe.yaml").is_file():
         return source
     run = store.find(runs_dir, run_id)
-    finished = evaluate.variants_of(run)
+    finished = run.variants()
     if not finished or (variant and variant not in finished):
         raise InputError(
             f"model.source={source}: run {run_id} has the variants {finished or 'none yet'}; name one of them"
@@ -171,7 +175,7 @@ class Pipeline:
         self.model, self.images = load_inputs(self.recipe, runs_dir)
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
-        if not (self.run.variant("dense") / unet.PRUNED_RECORD).exists():
+        if "dense" not in self.run.variants():
             self._save_variant("dense", self.model.unet)
             self._draw("dense", 0, self.model.unet)
         for stage in STAGES:
@@ -342,8 +346,7 @@ class Pipeline:
         self.run.write_layers([vars(r) | {"start": rows.get(r.layer)} for r in reports])
 
     def _snapshot(self, step: int, masked: MaskedUNet) -> None:
-        bits = pattern.pack(masked.mask())
-        store.write_npz(self.run.snapshot_path("mask", step), bits=bits, shape=list(masked.logits.shape))
+        snapshots.write(self.run.snapshot_path("mask", step), masked.mask().detach().cpu().numpy())
 
     def _draw(self, stage: str, step: int, model: torch.nn.Module) -> None:
         """The same few seeds again, so that progress can be seen."""

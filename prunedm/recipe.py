@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("smoke", "balanced", "quality")
@@ -145,7 +152,7 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """One YAML value, as in ``--set train.lr=1e-4``."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"value {text!r} is not YAML: {_first_line(error)}") from error
 
@@ -153,7 +160,7 @@ def parse_value(text: str) -> Any:
 def parse(text: str, origin: str = "recipe") -> dict[str, Any]:
     """YAML text to a nested dict, not yet validated."""
     try:
-        document = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
+        document = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{origin} is not YAML: {_first_line(error)}; mend that line") from error
     if document is None:

@@ -12,6 +12,16 @@ RESUMABLE: tuple[Status, ...] = ("stopped", "failed", "interrupted")
 VARIANTS = ("dense", "structured", "nm")
 VARIANT_LABELS = {"dense": "dense", "structured": "structured", "nm": "N:M"}
 
+STAGES = ("prune", "finetune", "mask", "recover", "evaluate", "report")
+STAGE_LABELS = {
+    "prune": "Prune channels",
+    "finetune": "Fine-tune",
+    "mask": "Learn N:M masks",
+    "recover": "Recover and bake",
+    "evaluate": "Evaluate variants",
+    "report": "Write report",
+}
+
 
 @dataclass
 class Step:

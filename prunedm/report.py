@@ -8,7 +8,6 @@ import io
 from typing import Any
 
 from . import environment, pictures
-from .evaluate import SHEET_NAME, variants_of
 from .records import VARIANT_LABELS
 from .store import Run, write_atomic
 
@@ -98,8 +97,8 @@ def _cell(results: dict[str, dict[str, Any]], variant: str, key: str, form: str)
 
 def _grid(run: Run) -> str:
     rows = []
-    for name in variants_of(run):
-        images, _ = pictures.read_sheet(run.variant(name) / SHEET_NAME)
+    for name in run.variants():
+        images, _ = pictures.read_sheet(run.sheet(name))
         cells = "".join(
             f"<img alt='{VARIANT_LABELS[name]} sample, seed {i}' src='{_data_url(image)}'>"
             for i, image in enumerate(images[:SHOWN_SEEDS])

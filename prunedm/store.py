@@ -29,11 +29,12 @@ import psutil
 from filelock import FileLock, Timeout
 
 from . import recipe as recipes
-from .records import ACTIVE, RunState, Status, Step
+from .records import ACTIVE, VARIANTS, RunState, Status, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+VARIANT_RECORD = "prunedm.json"  # in a variant's folder, written last: what was done to it
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 SCHEMA = 1
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
@@ -109,6 +110,14 @@ class Run:
     def variant(self, name: str) -> Path:
         """The diffusers folder of one variant (it may not exist yet)."""
         return self.folder / "variants" / name
+
+    def sheet(self, name: str) -> Path:
+        """The sample sheet of one variant's evaluation."""
+        return self.variant(name) / "samples.png"
+
+    def variants(self) -> list[str]:
+        """Names of the variants whose folders are complete."""
+        return [name for name in VARIANTS if (self.variant(name) / VARIANT_RECORD).exists()]
 
     # --- recipe and state --------------------------------------------------------------------
     def recipe(self) -> recipes.Recipe:

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import ASSETS, BUNDLED
+from . import bundled
+from .store import VARIANT_RECORD
 
-BUNDLED_MODEL = ASSETS / "fashion-ddpm"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PRUNED_RECORD = "prunedm.json"  # beside a variant's model_index.json: what was done to it
 
 
 class ModelError(ValueError):
@@ -51,7 +50,7 @@ def load(source: str) -> Diffusion:
 
     Always float32, evaluation mode. Raises ModelError with value, rule and remedy.
     """
-    folder = BUNDLED_MODEL if source == BUNDLED else Path(source)
+    folder = bundled.MODEL if source == bundled.NAME else Path(source)
     if not folder.exists():
         folder = _download(source)
     if not folder.is_dir():
@@ -100,7 +99,7 @@ def save(unet: nn.Module, scheduler, folder: Path, record: dict[str, Any]) -> No
     from diffusers import DDPMPipeline
 
     DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
-    (folder / PRUNED_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / VARIANT_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def fit_shapes(unet: nn.Module, tensors: dict[str, Tensor]) -> None:

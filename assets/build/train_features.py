@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from safetensors.torch import save_file
 
-from prunedm import data, metrics  # noqa: E402
-from prunedm.seeds import generator  # noqa: E402
+from prunedm import data, metrics
+from prunedm.seeds import generator
 
 SEED, EPOCHS, BATCH, PEAK_RATE = 0, 16, 128, 4e-3
 

@@ -1,0 +1,91 @@
+"""Recipe <-> widgets: the form is made from the recipe's own fields, limits and help texts."""
+
+from __future__ import annotations
+
+import shlex
+import types
+from typing import Any, Literal, get_args, get_origin
+
+import streamlit as st
+
+from prunedm import recipe as recipes
+from prunedm.recipe import Recipe
+
+SECTIONS = {
+    "model": "Model",
+    "data": "Data",
+    "prune": "Stage 1: structured pruning",
+    "mask": "Stage 2: N:M masks",
+    "train": "Training",
+    "eval": "Evaluation",
+}
+PRESET_HELP = {
+    "smoke": "about a minute on two CPU cores: a first look",
+    "balanced": "about 15 minutes: a usable result",
+    "quality": "about an hour: the best of the three",
+}
+TOP_LEVEL = ("name", "seed", "device")
+
+
+def key(path: str) -> str:
+    """Session key of a field's widget."""
+    return f"recipe.{path}"
+
+
+def fill(recipe: Recipe) -> None:
+    """Put a recipe's values into the widgets (before they are drawn)."""
+    for path, value in recipes.flatten(recipe.model_dump()).items():
+        st.session_state[key(path)] = "" if value is None else value
+
+
+def fields() -> dict[str, Any]:
+    """Draw all widgets; returns the document that they hold, not yet validated."""
+    document: dict[str, Any] = {}
+    for name, column in zip(TOP_LEVEL, st.columns(3)):
+        with column:
+            document[name] = _widget(name, Recipe.model_fields[name])
+    left, right = st.columns(2)
+    for number, (section, title) in enumerate(SECTIONS.items()):
+        with (left, right)[number % 2], st.container(border=True):
+            st.subheader(title)
+            model = Recipe.model_fields[section].annotation
+            document[section] = {n: _widget(f"{section}.{n}", f) for n, f in model.model_fields.items()}
+    return document
+
+
+def command_line(recipe: Recipe) -> str:
+    """The same run on the command line: only what differs from the defaults."""
+    changed = {k: b for k, (_, b) in recipes.differences(Recipe(), recipe).items() if k != "name"}
+    parts = ["python", "-m", "prunedm", "run", "--name", recipe.name]
+    for path, value in changed.items():
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        parts += ["--set", f"{path}={shown}"]
+    return shlex.join(parts)
+
+
+def _widget(path: str, field: Any) -> Any:
+    kind, optional = _kind(field.annotation)
+    label = path.rpartition(".")[2].replace("_", " ")
+    common = {"key": key(path), "help": field.description, "persist_state": "session"}
+    if optional:
+        text = st.text_input(label, placeholder="automatic", **common)
+        return recipes.parse_value(text) if text.strip() else None
+    if get_origin(kind) is Literal:
+        return st.selectbox(label, get_args(kind), **common)
+    if kind is bool:
+        return st.toggle(label, **common)
+    if kind is int:
+        return int(st.number_input(label, step=1, **common))
+    if kind is float:
+        return st.number_input(label, step=None if path == "train.lr" else 0.05, format="%g", **common)
+    return st.text_input(label, **common)
+
+
+def _kind(annotation: Any) -> tuple[Any, bool]:
+    """(type without annotations and None, whether None is allowed)."""
+    options = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    kinds = [o for o in options if o is not type(None)]
+    kind = kinds[0]
+    while hasattr(kind, "__metadata__"):
+        kind = kind.__origin__
+    return kind, len(kinds) < len(options)

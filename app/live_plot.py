@@ -1,0 +1,61 @@
+"""A plotly chart that updates in place and keeps its zoom.
+
+``st.plotly_chart`` remounts whenever its data changes and so loses the zoom; this component calls
+``Plotly.react`` on the same node. plotly.js is served from this machine, out of the plotly package.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import plotly
+import plotly.graph_objects as go
+import streamlit as st
+
+STATIC = Path(__file__).parent / "static" / "plotly.min.js"
+SOURCE = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+
+JS = """
+const ready = () => window.prunedmPlotly ??= new Promise((done, fail) => {
+  if (window.Plotly) return done(window.Plotly);
+  const tag = document.createElement("script");
+  tag.src = new URL("app/static/plotly.min.js", document.baseURI).href;
+  tag.onload = () => done(window.Plotly);
+  tag.onerror = fail;
+  document.head.appendChild(tag);
+});
+export default async function ({ data, parentElement }) {
+  const node = parentElement.querySelector(".live-plot");
+  const figure = JSON.parse(data.figure);
+  node.setAttribute("role", "img");
+  node.setAttribute("aria-label", data.alt);
+  node.style.minHeight = (figure.layout.height || 320) + "px";
+  const Plotly = await ready();
+  await Plotly.react(node, figure.data, figure.layout, { responsive: true, displaylogo: false });
+  node.dataset.updates = 1 + Number(node.dataset.updates || 0);
+}
+"""
+
+
+def install() -> None:
+    """Put plotly.js where Streamlit's static serving finds it, once for each version."""
+    if not STATIC.exists() or STATIC.stat().st_size != SOURCE.stat().st_size:
+        STATIC.parent.mkdir(exist_ok=True)
+        part = STATIC.with_suffix(".part")
+        shutil.copyfile(SOURCE, part)
+        part.replace(STATIC)
+
+
+@st.cache_resource(show_spinner=False)
+def _component():
+    install()
+    return st.components.v2.component(
+        "prunedm_live_plot", html="<div class='live-plot'></div>", js=JS, isolate_styles=False
+    )
+
+
+def live_plot(figure: go.Figure, key: str, alt: str) -> None:
+    """Draw or update the chart with this key; ``alt`` says in words what it shows."""
+    _component()(key=key, data={"figure": json.dumps(figure.to_plotly_json(), cls=plotly.utils.PlotlyJSONEncoder), "alt": alt})

@@ -1,0 +1,26 @@
+"""Router of the lab: ``streamlit run app/main.py``."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import streamlit as st  # noqa: E402
+
+from app import parts  # noqa: E402
+
+st.set_page_config(page_title="PruneDM Lab", page_icon=str(ROOT / "assets" / "logo.png"), layout="wide")
+st.logo(str(ROOT / "assets" / "logo.png"), size="large")
+parts.page_style()
+
+PAGES = {
+    "Lab": [
+        st.Page(ROOT / "pages" / "home.py", title="Home", url_path="home", default=True),
+        st.Page(ROOT / "pages" / "launch.py", title="Launch", url_path="launch"),
+        st.Page(ROOT / "pages" / "monitor.py", title="Monitor", url_path="monitor"),
+    ],
+    "Results": [st.Page(ROOT / "pages" / "compare.py", title="Compare", url_path="compare")],
+}
+st.navigation(PAGES).run()

@@ -1,0 +1,100 @@
+"""Background jobs: a queue, one run at a time by default, on threads that outlive pages and tabs.
+
+The queue lives in memory and the runs in their folders: when a server dies, its runs show as
+*interrupted* (their recorded owner is gone) and can be resumed by any server or by the command line.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+
+from . import store
+from .recipe import Recipe
+from .records import RESUMABLE
+from .store import Run
+
+WARM_UP_DELAY = 2.0  # seconds: the first page comes first, then torch is imported
+
+
+class Jobs:
+    """The jobs of one process and one runs folder."""
+
+    def __init__(self, runs_dir: Path, workers: int = 1) -> None:
+        store.check_writable(runs_dir)
+        self.runs_dir = runs_dir
+        self._queue: queue.Queue[Run] = queue.Queue()
+        self._waiting: list[str] = []
+        self._lock = threading.Lock()
+        for number in range(workers):
+            threading.Thread(target=self._work, name=f"prunedm-job-{number}", daemon=True).start()
+
+    def warm_up(self) -> None:
+        """Import the heavy modules in the background, so that the first job starts at once."""
+
+        def load() -> None:
+            from . import pipeline  # noqa: F401
+
+        timer = threading.Timer(WARM_UP_DELAY, load)
+        timer.daemon = True
+        timer.start()
+
+    def submit(self, recipe: Recipe) -> Run:
+        """Queue a new run. ValueError in one line when the recipe cannot run here."""
+        from . import pipeline
+
+        pipeline.load_inputs(recipe, self.runs_dir)
+        run = store.create(self.runs_dir, recipe)
+        self._put(run)
+        return run
+
+    def resume(self, run: Run) -> None:
+        """Queue a stopped, failed or interrupted run again."""
+        with self._lock:
+            state = run.state()
+            if run.id in self._waiting or state.status not in RESUMABLE:
+                raise store.StoreError(f"run {run.id} is {state.status}; it cannot be resumed")
+            run.clear_stop()
+            run.claim(state, "queued")
+        self._put(run)
+
+    def stop(self, run: Run) -> None:
+        """Ask a running run to stop after its step, or take a queued one out of the queue."""
+        with self._lock:
+            if run.id in self._waiting:
+                self._waiting.remove(run.id)
+                state = run.state()
+                state.status = "stopped"
+                run.write_state(state)
+                return
+        run.request_stop()
+
+    def position(self, run_id: str) -> int | None:
+        """Place in the queue, 1 for the next; None when not waiting here."""
+        with self._lock:
+            return self._waiting.index(run_id) + 1 if run_id in self._waiting else None
+
+    def _put(self, run: Run) -> None:
+        with self._lock:
+            self._waiting.append(run.id)
+        self._queue.put(run)
+
+    def _work(self) -> None:
+        while True:
+            run = self._queue.get()
+            with self._lock:
+                if run.id not in self._waiting:
+                    continue  # stopped while it waited
+                self._waiting.remove(run.id)
+            self._execute(run)
+
+    def _execute(self, run: Run) -> None:
+        from . import pipeline
+
+        try:
+            pipeline.execute(run)
+        except (store.StoreError, OSError) as error:
+            # The run could not even be claimed: another process holds it, or its folder is gone.
+            if run.folder.is_dir():
+                run.log(f"not started: {error}")
