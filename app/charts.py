@@ -112,6 +112,7 @@ def bars(values: dict[str, float], title: str, spread: dict[str, tuple[float, fl
     colors = [VARIANT_COLORS.get(n.split(" ")[-1].replace("N:M", "nm"), "#666666") for n in names]
     text = [f"{values[n]:.3g}" for n in names]
     figure = go.Figure(go.Bar(x=names, y=[values[n] for n in names], marker_color=colors, text=text, error_y=error))
+    figure.update_traces(textposition="inside", insidetextanchor="start", textfont={"color": "#111111"})
     return _finish(figure, "", "").update_layout(title=title, height=340, showlegend=False)
 
 

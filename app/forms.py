@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import types
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import streamlit as st
 
@@ -49,7 +49,12 @@ def fields() -> dict[str, Any]:
         with (left, right)[number % 2], st.container(border=True):
             st.subheader(title)
             model = Recipe.model_fields[section].annotation
-            document[section] = {n: _widget(f"{section}.{n}", f) for n, f in model.model_fields.items()}
+            document[section] = {}
+            for position, (name, field) in enumerate(model.model_fields.items()):
+                if position % 2 == 0:
+                    pair = st.columns(2, vertical_alignment="bottom")
+                with pair[position % 2]:
+                    document[section][name] = _widget(f"{section}.{name}", field)
     return document
 
 
@@ -83,7 +88,8 @@ def _widget(path: str, field: Any) -> Any:
 
 def _kind(annotation: Any) -> tuple[Any, bool]:
     """(type without annotations and None, whether None is allowed)."""
-    options = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    united = get_origin(annotation) in (Union, types.UnionType)
+    options = get_args(annotation) if united else (annotation,)
     kinds = [o for o in options if o is not type(None)]
     kind = kinds[0]
     while hasattr(kind, "__metadata__"):

@@ -33,8 +33,19 @@ export default async function ({ data, parentElement }) {
   node.setAttribute("aria-label", data.alt);
   node.style.minHeight = (figure.layout.height || 320) + "px";
   const Plotly = await ready();
-  await Plotly.react(node, figure.data, figure.layout, { responsive: true, displaylogo: false });
-  node.dataset.updates = 1 + Number(node.dataset.updates || 0);
+  node.draw = async () => {
+    await Plotly.react(node, figure.data, figure.layout, { responsive: true, displaylogo: false });
+    node.dataset.updates = 1 + Number(node.dataset.updates || 0);
+  };
+  if (node.clientWidth) return node.draw();
+  // In a tab that is not shown a chart has no size: draw it when it gets one.
+  node.watcher ??= new ResizeObserver(() => {
+    if (!node.clientWidth) return;
+    node.watcher.disconnect();
+    node.watcher = undefined;
+    node.draw();
+  });
+  node.watcher.observe(node);
 }
 """
 

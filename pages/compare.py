@@ -1,5 +1,6 @@
 """Compare: variants side by side from the same seeds, with figures and differences from dense."""
 
+import pandas as pd
 import streamlit as st
 
 from app import charts, lab, parts
@@ -57,7 +58,7 @@ def table(cards: list[lab.Card]) -> None:
             {"figure": label, **{VARIANT_LABELS[v]: text for v, text in cells.items()}}
             for label, cells in report.figure_rows(results)
         ]
-        st.dataframe(rows, hide_index=True, width="stretch")
+        st.table(pd.DataFrame(rows).set_index("figure"))
 
 
 def grid(columns: dict[str, tuple[lab.Card, str]]) -> None:
@@ -89,7 +90,7 @@ def bars(columns: dict[str, tuple[lab.Card, str]]) -> None:
     with left:
         if timed:
             first = next(iter(timed.values()))
-            title = f"Latency of a UNet call, ms: {first['device']}, {first['dtype']}, batch {first['batch']}"
+            title = f"Latency of a UNet call, ms<br><sup>{first['device']}, {first['dtype']}, batch {first['batch']}</sup>"
             spread = {label: (f["latency_ms_p10"], f["latency_ms_p90"]) for label, f in timed.items()}
             values = {label: f["latency_ms"] for label, f in timed.items()}
             figure = charts.bars(values, title, spread)

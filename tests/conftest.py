@@ -1,0 +1,72 @@
+"""Small models, images and recipes, made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prunedm import recipe as recipes
+from prunedm import unet as unets
+from prunedm.recipe import Recipe
+
+
+def make_unet(**changes):
+    """A UNet2DModel of about 60 k parameters on 8x8 images with attention."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    config = {
+        "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4,
+        "block_out_channels": (16, 32), "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }  # fmt: skip
+    return UNet2DModel(**(config | changes)).eval()
+
+
+@pytest.fixture
+def tiny_unet():
+    return make_unet()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A diffusers pipeline folder with the tiny UNet."""
+    from diffusers import DDPMScheduler
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    unets.save(make_unet(), DDPMScheduler(), folder, {"variant": "dense"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """Forty grey images of 10x12 and one broken file."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (10, 12), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    (folder / "broken.png").write_bytes(b"not an image")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro(model_folder: Path, image_folder: Path):
+    """A recipe builder: the whole pipeline in a few seconds."""
+
+    def build(**changes) -> Recipe:
+        base = {
+            "name": "micro",
+            "device": "cpu",
+            "model": {"source": str(model_folder)},
+            "data": {"source": str(image_folder), "batch_size": 8},
+            "prune": {"target": 0.3, "finetune_steps": 6},
+            "mask": {"steps": 6, "recover_steps": 6},
+            "eval": {"images": 8, "steps": 2},
+        }
+        return recipes.build(recipes.merge(base, changes))
+
+    return build

@@ -1,0 +1,83 @@
+"""N:M groups: identities over any shape, and brute force over all masks."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunedm import pattern
+
+
+@st.composite
+def weights(draw):
+    m = draw(st.integers(2, 16))
+    shape = [draw(st.integers(1, 5)), m * draw(st.integers(1, 3))]
+    if draw(st.booleans()):
+        shape += [draw(st.integers(1, 3)), draw(st.integers(1, 3))]
+    count = torch.tensor(shape).prod().item()
+    return torch.arange(1, count + 1, dtype=torch.float32).reshape(shape), m
+
+
+@given(weights())
+def test_ungroup_is_the_inverse_of_group(case):
+    weight, m = case
+    assert torch.equal(pattern.ungroup(pattern.group(weight, m), weight.shape), weight)
+
+
+@given(weights())
+def test_a_group_stays_in_one_output_channel_and_one_kernel_position(case):
+    weight, m = case
+    kernel = weight[0, 0].numel()
+    channels = weight.shape[1]
+    flat = (pattern.group(weight, m) - 1).long()
+    output, position = flat // (channels * kernel), flat % kernel
+    assert (output == output[:, :1]).all() and (position == position[:, :1]).all()
+    inputs = flat // kernel % channels
+    assert (inputs.diff(dim=1) == 1).all(), "the members are neighbours along the input channels"
+
+
+@settings(deadline=None)
+@given(weights(), st.data())
+def test_magnitude_masks_equal_the_best_of_all_masks(case, data):
+    weight, m = case
+    n = data.draw(st.integers(1, min(m - 1, 3)))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    groups = pattern.group(torch.randn(weight.shape), m)[:6]
+    mask = pattern.top_n(groups.abs(), n)
+    for row, chosen in zip(groups.abs(), mask):
+        best = max(itertools.combinations(range(m), n), key=lambda kept: row[list(kept)].sum().item())
+        assert sorted(best) == chosen.nonzero().flatten().tolist()
+
+
+def test_compliance_counts_groups_with_at_most_n_nonzero():
+    weight = torch.tensor([[1.0, 2, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0, 5]])
+    assert pattern.compliance(weight, 2, 4) == 0.75
+    assert pattern.compliance(weight, 3, 4) == 1.0
+    assert pattern.density(weight) == 6 / 16
+
+
+def test_flips_and_position_balance():
+    a = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])
+    b = torch.tensor([[1.0, 1, 0, 0], [0, 1, 0, 1]])
+    assert pattern.flips(b, a) == 0.5
+    assert pattern.position_balance(b).tolist() == [0.25, 0.5, 0, 0.25]
+
+
+def test_entropy_runs_from_certain_to_even():
+    assert pattern.mean_entropy(torch.zeros(3, 4)) == pytest.approx(2.0, abs=1e-6)
+    assert pattern.mean_entropy(torch.tensor([[100.0, 0, 0, 0]])) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_ineligible_says_why():
+    assert pattern.ineligible((8, 6, 3, 3), 4) == "6 input channels are not a multiple of M=4"
+    assert pattern.ineligible((8, 1, 3, 3), 4) == "1 input channels are fewer than M=4"
+    assert pattern.ineligible((8, 8), 4) is None
+    with pytest.raises(ValueError, match="not a multiple of M=4"):
+        pattern.group(torch.zeros(2, 6), 4)
+
+
+def test_tensor_core_rule():
+    assert pattern.tensor_core_ready((8, 16, 3, 3))
+    assert not pattern.tensor_core_ready((8, 8, 3, 3)) and not pattern.tensor_core_ready((4, 16))

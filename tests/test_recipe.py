@@ -1,0 +1,111 @@
+"""Recipes: numbers, defaults, unknown fields, one-line faults."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunedm import recipe as recipes
+from prunedm.recipe import Recipe, RecipeError
+
+
+def test_the_documented_recipe_is_accepted_and_has_the_documented_names():
+    document = recipes.parse(
+        """
+        name: demo
+        seed: 0
+        device: auto
+        model: {source: bundled}
+        data:  {source: bundled, batch_size: 64}
+        prune: {method: magnitude, target: 0.4, finetune_steps: 200}
+        mask:  {n: 2, m: 4, method: gumbel, steps: 300, train_weights: false, recover_steps: 200}
+        train: {lr: 2e-4, ema: 0.999}
+        eval:  {images: 512, sampler: ddim, steps: 25, extractor: bundled, seed: 0}
+        """
+    )
+    assert recipes.build(document) == Recipe()
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3"])
+def test_scientific_notation_without_a_dot_is_a_number(text):
+    assert recipes.build(recipes.assignment(f"train.lr={text}")).train.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("assignment", "parts"),
+    [
+        ("mask.n=4", ["mask", "n=4", "must be less than m=4"]),
+        ("mask.n=5", ["mask", "n=5"]),
+        ("prune.target=1.5", ["prune.target=1.5", "less than or equal to 0.9"]),
+        ("prune.target=-0.1", ["prune.target=-0.1"]),
+        ("prune.taget=0.4", ["prune.taget", "not a field", "target"]),
+        ("colour=red", ["colour", "not a field", "prune"]),
+        ("mask.method=magic", ["mask.method='magic'", "gumbel"]),
+        ("data.batch_size=0", ["data.batch_size=0"]),
+        ("train.lr=.nan", ["train.lr"]),
+        ("device=gpu", ["device='gpu'", "cuda"]),
+        ("name=../up", ["name='../up'"]),
+        ("seed=-1", ["seed=-1"]),
+    ],
+)
+def test_bad_values_are_one_line_with_value_and_rule(assignment, parts):
+    with pytest.raises(RecipeError) as caught:
+        recipes.resolve(assignments=[assignment])
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n- b", "just words", "a: [1, 2", "a: !!python/object:os.system {}", "mask: 3", "seed: 1\nseed: 2"]
+)
+def test_documents_that_are_no_recipe_are_refused(text):
+    with pytest.raises(RecipeError) as caught:
+        recipes.build(recipes.parse(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_are_said(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(RecipeError, match="cannot be read"):
+            recipes.read(path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        recipes.read(tmp_path / "binary.yaml")
+
+
+def test_later_sources_win(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("mask: {n: 1}\nname: file")
+    found = recipes.resolve(path, "smoke", ["mask.m=8", "mask.steps=7"], "last")
+    assert (found.mask.n, found.mask.m, found.mask.steps, found.name) == (1, 8, 7, "last")
+    assert found.data.batch_size == recipes.build(recipes.preset("smoke")).data.batch_size
+
+
+@pytest.mark.parametrize("name", recipes.PRESETS)
+def test_presets_are_valid_and_survive_yaml(name):
+    found = recipes.build(recipes.preset(name))
+    assert recipes.build(recipes.parse(found.to_yaml())) == found
+
+
+def test_differences_name_only_what_differs():
+    other = recipes.resolve(assignments=["mask.n=1", "train.lr=1e-3"])
+    assert recipes.differences(Recipe(), other) == {"mask.n": (2, 1), "train.lr": (2e-4, 1e-3)}
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([*recipes.flatten(Recipe().model_dump()), "mask", "prune", "x", "mask.x"]), values)
+def test_any_value_anywhere_is_accepted_or_refused_in_one_line(path, value):
+    document = value
+    for key in reversed(path.split(".")):
+        document = {key: document}
+    try:
+        recipes.build(document)
+    except RecipeError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
