@@ -102,6 +102,7 @@ def channel_groups(unet: nn.Module, method: str, m: int, seed: int) -> tuple[Any
     }
     groups = []
     for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=[nn.Conv2d, nn.Linear]):
+        group = _rooted_at_narrowest(graph, group)
         root = group[0].dep.target.module
         layer, width = names[root], len(group[0].idxs)
         if method == "random":
@@ -189,6 +190,23 @@ def removed_parameters(groups: list[ChannelGroup], widths: list[int]) -> int:
         bias = out_lost if module.bias is not None else 0
         total += (out * inputs - (out - out_lost) * (inputs - in_lost)) * kernel + bias
     return total
+
+
+def _rooted_at_narrowest(graph, group):
+    """The same group seen from its narrowest layer.
+
+    With ``resnet_time_scale_shift`` the time projection has two outputs (scale, shift) for each channel;
+    only seen from the convolution does one index stand for one channel.
+    """
+    outputs = [
+        dep for dep, _ in group
+        if isinstance(dep.target.module, nn.Conv2d | nn.Linear) and graph.is_out_channel_pruning_fn(dep.handler)
+    ]  # fmt: skip
+    narrowest = min(outputs, key=lambda dep: graph.get_out_channels(dep.target.module))
+    width = graph.get_out_channels(narrowest.target.module)
+    if width >= len(group[0].idxs):
+        return group
+    return graph.get_pruning_group(narrowest.target.module, narrowest.handler, list(range(width)))
 
 
 def _touched(graph, group) -> dict[tuple[nn.Module, bool], int]:

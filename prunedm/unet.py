@@ -130,10 +130,15 @@ def sync_attributes(unet: nn.Module) -> None:
         elif isinstance(module, nn.GroupNorm):
             module.num_channels = module.weight.shape[0]
     for module in unet.modules():
-        if module.__class__.__name__ in ("Upsample2D", "Downsample2D") and module.conv is not None:
-            conv = module.conv
-            module.channels, module.out_channels = conv.in_channels, conv.out_channels
-        elif module.__class__.__name__ == "Attention" and module.heads > 1:
+        kind = module.__class__.__name__
+        if kind in ("Upsample2D", "Downsample2D") and isinstance(module.conv, nn.Conv2d):
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+        elif kind == "ResnetBlock2D":
+            # Samplers inside a resnet have no convolution of their own: they see its input channels.
+            for sampler in (module.upsample, module.downsample):
+                if hasattr(sampler, "channels") and not isinstance(sampler.conv, nn.Conv2d):
+                    sampler.channels = sampler.out_channels = module.norm1.num_channels
+        elif kind == "Attention" and module.heads > 1:
             # Whole heads are pruned (structured.py), so the size of a head never changes.
             module.heads = module.to_q.out_features // head_size(unet, module)
             module.sliceable_head_dim = module.heads

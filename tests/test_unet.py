@@ -1,0 +1,111 @@
+"""Models in: plain diffusers opens what ships; wrong or unsafe input is one line."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_unet
+
+from prunedm import bundled
+from prunedm import unet as unets
+from prunedm.unet import ModelError
+
+
+def test_the_bundled_model_loads_with_plain_diffusers_and_equals_ours():
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(str(bundled.MODEL))
+    ours = unets.load("bundled")
+    x, t = torch.randn(2, 1, 28, 28), torch.tensor([10, 500])
+    with torch.no_grad():
+        assert torch.equal(pipeline.unet.float()(x, t).sample, ours.unet(x, t).sample)
+    assert unets.parameters(ours.unet) == 2_734_945
+    images = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 28, 28, 1)
+
+
+def test_the_shipped_evaluations_belong_to_the_shipped_weights():
+    import hashlib
+
+    weights = (bundled.MODEL / "unet" / unets.WEIGHTS).read_bytes()
+    assert json.loads(bundled.EVALUATIONS.read_text())["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+
+
+def test_the_assets_stay_small():
+    total = sum(p.stat().st_size for p in bundled.ASSETS.rglob("*") if p.is_file())
+    assert total < 15e6
+
+
+def damaged(folder, tmp_path, change):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    change(copy / "unet")
+    return str(copy)
+
+
+def _pickle_only(unet):
+    (unet / unets.WEIGHTS).unlink()
+    (unet / "diffusion_pytorch_model.bin").write_bytes(b"x")
+
+
+def _other_class(unet):
+    config = json.loads((unet / "config.json").read_text())
+    (unet / "config.json").write_text(json.dumps(config | {"_class_name": "UNet3DModel"}))
+
+
+def _missing_tensor(unet):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(unet / unets.WEIGHTS)
+    tensors.pop("conv_out.bias")
+    save_file(tensors, unet / unets.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda u: (u / "config.json").unlink(), "no readable config.json"),
+        (lambda u: (u / "config.json").write_text("{"), "no readable config.json"),
+        (lambda u: (u / unets.WEIGHTS).unlink(), "has no"),
+        (_pickle_only, "pickled weights, which are never loaded"),
+        (_other_class, "UNet3DModel; only UNet2DModel"),
+        (lambda u: (u / unets.WEIGHTS).write_bytes(b"\x00" * 40), "cannot be read"),
+        (_missing_tensor, "do not fit"),
+    ],
+)
+def test_damaged_models_are_refused_in_one_line(model_folder, tmp_path, change, says):
+    with pytest.raises(ModelError, match=says) as caught:
+        unets.load(damaged(model_folder, tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "nowhere", "../up", "a/b/c"])
+def test_a_source_that_is_not_there_is_said(source):
+    with pytest.raises(ModelError, match="is not there"):
+        unets.load(source)
+
+
+@pytest.mark.parametrize(("device", "says"), [("cuda:99", "CUDA devices")])
+def test_a_device_that_is_not_there_is_said(device, says):
+    with pytest.raises(ModelError, match=says):
+        unets.resolve_device(device)
+
+
+def test_macs_follow_the_definition():
+    """One convolution and one linear layer by hand: outputs times inputs times kernel."""
+    unet = make_unet()
+    doubled = make_unet(sample_size=16)
+    by_hand = 0
+
+    def count(module, inputs, output):
+        nonlocal by_hand
+        by_hand += output.numel() * module.weight[0].numel()
+
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.register_forward_hook(count)
+    found = unets.macs(unet)
+    attention = sum(2 * 16**2 * m.to_q.out_features for m in unet.modules() if m.__class__.__name__ == "Attention")
+    assert found == by_hand + attention  # 4x4 = 16 tokens: q k^T and the product with v
+    assert unets.macs(doubled) > 4 * (found - attention) * 0.95
