@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Prune diffusion models: structured channel pruning, then learned N:M masks.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -283,17 +281,13 @@ def _console():
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; bad input is one line on standard error."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        return app(arguments, standalone_mode=False) or 0
-    except click.exceptions.Abort:
-        return INTERRUPTED
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
+        return app(given or ["--help"], standalone_mode=False) or 0
+    except typer.TyperException as error:
+        print(f"error: {error}; see --help", file=sys.stderr)
         return BAD_INPUT
-    except click.ClickException as error:
-        print(f"error: {error.format_message()}; see --help", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except ValueError as error:  # RecipeError, ModelError, StoreError, InputError: all one line

@@ -1,0 +1,150 @@
+"""The command line: exit statuses, one line for bad input, nothing half-written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from prunedm import store
+from prunedm.__main__ import main
+
+
+def arguments(recipe, runs_dir):
+    pairs = [("model.source", recipe.model.source), ("data.source", recipe.data.source)]
+    pairs += [("prune.target", 0.3), ("prune.finetune_steps", 3), ("mask.steps", 3), ("mask.recover_steps", 3)]
+    pairs += [("eval.images", 4), ("eval.steps", 2), ("data.batch_size", 8), ("device", "cpu")]
+    return ["run", "--runs-dir", str(runs_dir), *[a for k, v in pairs for a in ("--set", f"{k}={v}")]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, micro):
+    runs_dir = tmp_path_factory.mktemp("cli")
+    assert main([*arguments(micro(), runs_dir), "--name", "first"]) == 0
+    return runs_dir
+
+
+def test_run_prints_one_json_object_last(micro, tmp_path, capsys):
+    assert main([*arguments(micro(), tmp_path), "--json"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["run"] == store.all_runs(tmp_path)[0].id and set(last["variants"]) == {"dense", "structured", "nm"}
+
+
+def test_ls_and_show(runs, capsys):
+    assert main(["ls", "--runs-dir", str(runs)]) == 0
+    run_id = store.all_runs(runs)[0].id
+    assert run_id in capsys.readouterr().out
+    assert main(["ls", "--runs-dir", str(runs), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["status"] == "done"
+    assert main(["show", run_id, "--runs-dir", str(runs)]) == 0
+    out = capsys.readouterr().out
+    assert "done" in out and "Validation loss" in out and "finetune_steps: 3" in out
+
+
+def test_ls_lists_a_broken_run_as_unreadable(runs, capsys):
+    (runs / "broken").mkdir(exist_ok=True)
+    (runs / "broken" / "recipe.yaml").write_text("mask: [")
+    assert main(["ls", "--runs-dir", str(runs), "--json"]) == 0
+    found = {row["run"]: row["status"] for row in json.loads(capsys.readouterr().out)}
+    assert found["broken"] == "unreadable" and "done" in found.values()
+
+
+def test_dry_run_shows_layers_with_reasons_and_writes_nothing(micro, tmp_path, capsys):
+    assert main([*arguments(micro(), tmp_path / "runs"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "first convolution, kept dense" in out and "mid_block.resnets.0.conv1" in out and "2:4" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--set", "mask.n=4"], "must be less than m=4"),
+        (["--set", "prune.colour=1"], "not a field"),
+        (["--set", "prune.target=2"], "prune.target=2"),
+        (["--set", "nonsense"], "is not section.field=value"),
+        (["--set", "model.source=/nowhere"], "is not there"),
+        (["--set", "data.source=EMPTY"], "holds 0 readable images"),
+        (["--set", "device=cuda:99"], "CUDA devices"),
+        (["--preset", "huge"], "preset 'huge' is not known"),
+        (["missing.yaml"], "cannot be read"),
+        (["--frobnicate"], "No such option"),
+        (["--set", "mask.m=16", "--set", "mask.n=15", "--set", "data.source=bundled"], "data.source=bundled"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(micro, tmp_path, capsys, extra, says):
+    (tmp_path / "empty").mkdir()
+    extra = [word.replace("EMPTY", str(tmp_path / "empty")) for word in extra]
+    assert main([*arguments(micro(), tmp_path / "runs"), *extra]) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err and len(printed.err.strip().splitlines()) == 1
+    assert "Traceback" not in printed.err + printed.out
+    assert not list((tmp_path / "runs").glob("*")), "nothing is half-written"
+
+
+@pytest.mark.parametrize("command", ["show", "resume"])
+@pytest.mark.parametrize("run_id", ["none", "../../etc", ""])
+def test_unknown_runs_are_exit_2(tmp_path, capsys, command, run_id):
+    assert main([command, run_id, "--runs-dir", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_done_run_is_not_resumed(runs, capsys):
+    run_id = next(r.id for r in store.all_runs(runs) if r.id.endswith("first"))
+    assert main(["resume", run_id, "--runs-dir", str(runs)]) == 2
+    assert "is done" in capsys.readouterr().err
+
+
+def test_failure_is_exit_1(micro, tmp_path, capsys, monkeypatch):
+    from prunedm import structured
+
+    def broken(*args):
+        raise RuntimeError("the tool broke")
+
+    monkeypatch.setattr(structured, "prune", broken)
+    assert main([*arguments(micro(), tmp_path), "--json"]) == 1
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["status"] == "failed" and last["error"] == "RuntimeError: the tool broke"
+
+
+def test_ctrl_c_saves_and_exits_130_and_resume_finishes(micro, tmp_path):
+    command = [sys.executable, "-m", "prunedm", *arguments(micro(), tmp_path), "--set", "mask.steps=100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        runs = store.all_runs(tmp_path)
+        if runs and any(r["stage"] == "mask" for r in runs[0].metrics()):
+            break
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    run = store.all_runs(tmp_path)[0]
+    assert run.state().status == "stopped"
+    done = run.load_checkpoint("mask")[1]["done"]
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("steps: 100000", f"steps: {done + 2}"))
+    assert main(["resume", run.id, "--runs-dir", str(tmp_path)]) == 0
+    assert run.state().status == "done"
+
+
+def test_doctor_names_what_it_looked_at(tmp_path, capsys):
+    assert main(["doctor", "--runs-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "memory", "device", "fashion-ddpm", "disk"):
+        assert word in out
+    assert main(["doctor", "--runs-dir", str(tmp_path), "--json"]) == 0
+    assert all(check["ok"] for check in json.loads(capsys.readouterr().out))
+
+
+def test_help_needs_no_terminal():
+    for extra in ([], ["run"], ["resume"], ["ls"], ["show"], ["doctor"]):
+        found = subprocess.run(
+            [sys.executable, "-m", "prunedm", *extra, "--help"], capture_output=True, text=True, env=os.environ
+        )
+        assert found.returncode == 0 and "Usage" in found.stdout

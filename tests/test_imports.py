@@ -1,0 +1,63 @@
+"""Imports go one way: pages -> app -> prunedm, and inside prunedm from the top of the list down."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = [  # a module may import those above it only
+    "recipe", "seeds", "records", "bundled", "store", "snapshots", "pictures", "pattern",
+    "unet", "data", "diffusion", "masks", "structured", "learn", "metrics", "latency",
+    "environment", "evaluate", "report", "pipeline", "jobs", "__main__",
+]  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "prunedm" if node.level else node.module or ""
+            base += f".{node.module}" if node.level and node.module else ""
+            names |= {f"{base}.{alias.name}" for alias in node.names} | {base}
+    return names
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == sorted(p.stem for p in (ROOT / "prunedm").glob("*.py") if p.stem != "__init__")
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_those_above_it(module):
+    allowed = set(ORDER[: ORDER.index(module)]) | {"__version__"}
+    found = {n.split(".")[1] for n in imported(ROOT / "prunedm" / f"{module}.py") if n.startswith("prunedm.")}
+    assert found <= allowed, f"{module} imports {sorted(found - allowed)}"
+
+
+def test_the_engine_does_not_know_the_app_and_the_app_not_the_pages():
+    for path in (ROOT / "prunedm").glob("*.py"):
+        assert not {n for n in imported(path) if n.split(".")[0] in ("streamlit", "app", "pages", "plotly")}, path
+    for path in (ROOT / "app").glob("*.py"):
+        assert not {n for n in imported(path) if n.split(".")[0] == "pages"}, path
+    for path in (ROOT / "pages").glob("*.py"):
+        assert not {n for n in imported(path) if n.split(".")[0] in ("pages", "torch")}, path
+
+
+@pytest.mark.parametrize("code", ["import prunedm.__main__", "import prunedm.jobs, prunedm.report, prunedm.snapshots"])
+def test_help_and_the_first_page_do_not_wait_for_torch(code):
+    check = f"{code}, sys; assert not {{'torch', 'diffusers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+def test_nothing_is_ever_unpickled():
+    for path in [*(ROOT / "prunedm").glob("*.py"), *(ROOT / "app").glob("*.py"), *(ROOT / "pages").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                text = ast.unparse(node.func)
+                assert text not in ("torch.load", "pickle.load", "pickle.loads", "yaml.unsafe_load"), path
+                if text == "np.load":
+                    assert "allow_pickle=False" in ast.unparse(node), path

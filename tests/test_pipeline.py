@@ -1,0 +1,218 @@
+"""Micro runs end to end: the same twice, the same when interrupted, right in the saved files."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prunedm import learn, pattern, pipeline, store
+from prunedm import unet as unets
+
+
+def execute(tmp_path, recipe, **kwargs):
+    run = store.create(tmp_path, recipe)
+    status = pipeline.execute(run, **kwargs)
+    assert status == "done" or "stop" in kwargs, run.log_path.read_text()
+    return run
+
+
+def weights(run, variant="nm"):
+    return load_file(run.variant(variant) / "unet" / unets.WEIGHTS)
+
+
+def without_time(run):
+    """Every recorded figure that does not depend on the clock."""
+    metrics = [{k: v for k, v in r.items() if k != "time"} for r in run.metrics()]
+    timed = ("latency_ms", "latency_ms_p10", "latency_ms_p90")
+    results = {v: {k: x for k, x in r.items() if k not in timed} for v, r in run.evaluation().items()}
+    return metrics, results
+
+
+def assert_same(a, b):
+    for variant in a.variants():
+        for name, tensor in weights(a, variant).items():
+            assert torch.equal(tensor, weights(b, variant)[name]), (variant, name)
+    assert without_time(a) == without_time(b)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, micro):
+    return execute(tmp_path_factory.mktemp("runs"), micro())
+
+
+def test_the_run_folder_holds_everything(done):
+    state = done.state()
+    assert state.status == "done" and state.stages_done == list(pipeline.STAGES)
+    assert done.variants() == ["dense", "structured", "nm"]
+    stages = [r["stage"] for r in done.metrics()]
+    assert stages == ["finetune"] * 6 + ["mask"] * 6 + ["recover"] * 6
+    assert [r["step"] for r in done.metrics()] == [*range(1, 7)] * 3
+    assert done.mask_snapshots() and len(done.samples()) >= 5
+    assert "PruneDM report" in done.report_path.read_text()
+    assert "broken.png" in done.log_path.read_text(), "skipped images are named"
+    assert not [p for p in done.folder.rglob("*") if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
+
+
+def test_the_summary_has_the_documented_shape(done):
+    found = json.loads(json.dumps(pipeline.summary(done)))
+    assert set(found) >= {"run", "folder", "seconds", "variants"}
+    common = {
+        "parameters", "nonzero_parameters", "macs", "bytes", "validation_loss", "fid", "fid_extractor", "fid_images",
+        "latency_ms", "device", "dtype", "batch",
+    }  # fmt: skip
+    assert list(found["variants"]) == ["dense", "structured", "nm"]
+    for figures in found["variants"].values():
+        assert common <= set(figures) and None not in [figures[k] for k in common]
+    nm = found["variants"]["nm"]
+    assert nm["pattern"] == "2:4" and nm["compliance"] == 1.0 and nm["masked_layers"] > 5
+    assert all(set(layer) == {"layer", "reason"} and layer["reason"] for layer in nm["skipped_layers"])
+    assert nm["nonzero_parameters"] < nm["parameters"] == found["variants"]["structured"]["parameters"]
+    assert nm["macs_sparse"] < nm["macs"]
+
+
+def test_every_masked_layer_is_compliant_in_the_file(done):
+    tensors = weights(done)
+    masked = [layer for layer in done.layers() if layer["eligible"]]
+    for layer in masked:
+        assert pattern.compliance(tensors[f"{layer['layer']}.weight"], 2, 4) == 1.0, layer["layer"]
+    done_bytes = (done.variant("nm") / "unet" / unets.WEIGHTS).stat().st_size
+    assert done.evaluation()["nm"]["bytes"] == done_bytes
+
+
+def test_a_tampered_file_is_not_called_compliant(done, tmp_path):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from prunedm import evaluate
+
+    copy = store.Run(shutil.copytree(done.folder, tmp_path / done.id))
+    tensors = weights(copy)
+    name = next(layer["layer"] for layer in copy.layers() if layer["eligible"]) + ".weight"
+    tensors[name] = torch.ones_like(tensors[name])
+    save_file(tensors, copy.variant("nm") / "unet" / unets.WEIGHTS)
+    assert evaluate.sparsity(copy, copy.recipe())["compliance"] < 1
+
+
+def test_the_same_recipe_gives_the_same_result(done, tmp_path, micro):
+    assert_same(done, execute(tmp_path, micro()))
+
+
+def test_another_seed_gives_another_result(done, tmp_path, micro):
+    other = execute(tmp_path, micro(seed=1))
+    assert not all(torch.equal(t, weights(other)[n]) for n, t in weights(done).items())
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"),
+    [("prune", 0), ("prune", 1), ("finetune", 3), ("mask", 1), ("mask", 4), ("recover", 2), ("evaluate", 2)],
+)
+def test_stopping_and_resuming_gives_the_uninterrupted_result(done, tmp_path, micro, stage, step):
+    seen = []
+    run = execute(
+        tmp_path, micro(), on_step=seen.append, stop=lambda: (seen[-1].stage, seen[-1].step) == (stage, step)
+    )
+    assert run.state().status == "stopped"
+    pipeline.resumable(run)
+    assert pipeline.execute(store.Run(run.folder)) == "done"
+    assert_same(done, run)
+
+
+@pytest.mark.parametrize("mask", [{"method": "gumbel"}, {"method": "reinforce"}])
+def test_a_crash_between_checkpoints_loses_and_doubles_nothing(tmp_path, micro, mask, monkeypatch):
+    """Checkpoint after every step, crash a step later: the line beyond the checkpoint must go."""
+    recipe = micro(mask={"train_weights": True} | mask)
+    whole = execute(tmp_path / "a", recipe)
+    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0)
+    run = store.create(tmp_path / "b", recipe)
+
+    def crash(step):
+        if (step.stage, step.step) == ("mask", 4):
+            raise KeyboardInterrupt
+
+    assert pipeline.execute(run, crash) == "interrupted"
+    assert run.metrics()[-1]["step"] == 4, "step 4 was recorded but is beyond the checkpoint of step 3"
+    assert pipeline.execute(run) == "done"
+    assert_same(whole, run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "variants"),
+    [
+        ({"mask": {"method": "magnitude"}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "magnitude", "train_weights": True}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "gumbel", "train_weights": True}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "reinforce", "n": 1}}, ["dense", "structured", "nm"]),
+        ({"mask": {"n": 5, "m": 8, "method": "reinforce"}}, ["dense", "structured", "nm"]),
+        ({"mask": {"n": 4, "m": 8, "recover_steps": 0}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "none"}}, ["dense", "structured"]),
+        ({"prune": {"target": 0}}, ["dense", "nm"]),
+        ({"prune": {"method": "random", "finetune_steps": 0}}, ["dense", "structured", "nm"]),
+        ({"eval": {"sampler": "ddpm"}, "train": {"precision": "bf16"}}, ["dense", "structured", "nm"]),
+    ],
+)
+def test_every_way_through_the_recipe(tmp_path, micro, changes, variants):
+    run = execute(tmp_path, micro(**changes))
+    assert run.variants() == variants == list(run.evaluation())
+    if "nm" in variants:
+        figures, mask = run.evaluation()["nm"], run.recipe().mask
+        assert figures["compliance"] == 1.0 and figures["pattern"] == f"{mask.n}:{mask.m}"
+
+
+def test_an_earlier_run_can_be_the_model_of_the_next(done, micro):
+    runs_dir = done.folder.parent
+    assert pipeline.resolve_source(done.id, runs_dir) == str(done.variant("nm"))
+    source = f"{done.id}/structured"
+    run = execute(runs_dir, micro(model={"source": source}, prune={"target": 0}))
+    dense, parent = weights(run, "dense"), weights(done, "structured")
+    assert all(torch.equal(dense[name], parent[name]) for name in parent)
+    with pytest.raises(pipeline.InputError, match="name one of them"):
+        pipeline.resolve_source(f"{done.id}/none", runs_dir)
+
+
+def test_a_diverging_run_fails_in_plain_words_and_keeps_its_folder(tmp_path, micro, monkeypatch):
+    def explode(self, task, batch, step, weights):
+        return {"loss": float("nan")}
+
+    monkeypatch.setattr(learn.GumbelMasks, "step", explode)
+    run = store.create(tmp_path, micro())
+    assert pipeline.execute(run) == "failed"
+    state = run.state()
+    assert "the loss became nan at step 1 of mask" in state.error and "\n" not in state.error
+    assert "Traceback" in run.log_path.read_text() and run.variants() == ["dense", "structured"]
+
+
+def test_a_full_disk_is_said_and_resumes(done, tmp_path, micro, monkeypatch):
+    run = store.create(tmp_path, micro())
+    write = store.Run.save_checkpoint
+
+    def full(self, name, tensors, meta):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.Run, "save_checkpoint", full)
+    assert pipeline.execute(run) == "failed"
+    assert "disk is full" in run.state().error
+    monkeypatch.setattr(store.Run, "save_checkpoint", write)
+    assert pipeline.execute(run) == "done"
+    assert_same(done, run)
+
+
+def test_only_unfinished_runs_resume(done):
+    with pytest.raises(pipeline.InputError, match="is done"):
+        pipeline.resumable(done)
+
+
+def test_preview_predicts_what_the_run_does(done, micro, tmp_path):
+    found = pipeline.preview(micro(), tmp_path)
+    results = done.evaluation()
+    assert found["parameters"]["dense"] == results["dense"]["parameters"]
+    assert found["parameters"]["structured"] == results["structured"]["parameters"]
+    assert found["macs"]["structured"] == results["structured"]["macs"]
+    assert found["parameters"]["nm_nonzero"] == results["nm"]["nonzero_parameters"]
+    assert [la["layer"] for la in found["layers"]] == [la["layer"] for la in done.layers()]
+
+
+def test_records_are_json(done):
+    assert json.loads((done.folder / "state.json").read_text()) == dataclasses.asdict(done.state())
