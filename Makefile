@@ -1,0 +1,56 @@
+# make lab | make test | make demo | make lint | make bench     (each sets up .venv by itself)
+# Settings: PORT=8501  RUNS=runs  PYTHON=python3
+
+PORT ?= 8501
+RUNS ?= runs
+PYTHON ?= python3
+BIN := .venv/bin
+export PRUNEDM_RUNS := $(abspath $(RUNS))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: lab demo test lint bench screenshots browser clean
+
+lab: .venv/.user
+	@echo "PruneDM Lab: http://127.0.0.1:$(PORT)   (Ctrl-C ends it; runs are kept in $(PRUNEDM_RUNS))"
+	@$(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
+
+demo: .venv/.user
+	$(BIN)/python -m prunedm run --preset smoke --name demo
+
+test: .venv/.dev browser
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/steps.py
+
+screenshots: .venv/.dev browser
+	$(BIN)/python assets/build/screenshots.py
+
+# Debian's chromium for the browser test; without it the test is skipped and says so.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  SUDO=$$( [ "$$(id -u)" = 0 ] || echo "sudo -n" ); \
+	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq chromium >/dev/null; } || \
+	  echo "chromium could not be installed: the browser test will be skipped"
+
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.10 to 3.13 is needed and $(PYTHON) is $$($(PYTHON) -V 2>&1); use make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "python venv failed; on Debian: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+.venv/.user: .venv/.made requirements.txt constraints.txt
+	@echo "Installing the packages (a few minutes, once)…"
+	@$(BIN)/python -m pip install -q -r requirements.txt -c constraints.txt
+	@touch $@
+
+.venv/.dev: .venv/.user requirements-dev.txt
+	@$(BIN)/python -m pip install -q -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

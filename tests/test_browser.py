@@ -1,0 +1,72 @@
+"""A newcomer's first minute in a real chromium: press the demo button, watch, compare."""
+
+import re
+import time
+from urllib.parse import urlparse
+
+import browser
+import pytest
+
+from prunedm import store
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(browser.chromium_path() is None, reason="chromium is not installed and apt-get could not"),
+]
+
+
+@pytest.mark.timeout(600)
+def test_the_demo_from_the_button_to_the_comparison(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    with browser.server(runs, tmp_path / "server.log") as url, browser.chromium() as page:
+        page.goto(url)
+        browser.settle(page, 30)
+        page.get_by_role("button", name="Run the demo").click()
+        page.wait_for_url(re.compile("/monitor"), timeout=60_000)
+        run = store.all_runs(runs)[0]
+        assert run.id in page.url, "the address names the run"
+        sees_live_progress(page, run)
+        deadline = time.monotonic() + 400
+        while run.state().status in ("queued", "running"):
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(1000)
+        assert run.state().status == "done", run.log_path.read_text()
+        page.get_by_text(re.compile(r"Done in")).wait_for(timeout=15_000)
+        page.get_by_role("tab", name="Masks").click()
+        page.locator("[aria-label*='differ from the initial mask'] .heatmaplayer").wait_for(timeout=15_000)
+        page.get_by_role("tab", name="Compliance").click()
+        page.locator("[aria-label*='Compliance, density'] .heatmaplayer").wait_for(timeout=15_000)
+        page.get_by_role("tab", name="Samples").click()
+        page.get_by_alt_text(re.compile("16 samples at")).wait_for(timeout=15_000)
+        page.get_by_test_id("stMain").get_by_role("link", name="Compare").click()
+        finds_the_comparison(page)
+        outside = [u for u in page.requested if not u.startswith(("data:", "blob:")) and urlparse(u).hostname != "127.0.0.1"]
+        assert outside == [], "no request leaves the machine"
+        assert page.errors == []
+
+
+def sees_live_progress(page, run) -> None:
+    """The bar moves and the loss curve updates in place while the job trains."""
+    page.locator("[aria-label*='Training loss'] .scatterlayer").first.wait_for(timeout=120_000)
+    chart = page.locator("[aria-label*='Training loss']")
+    chart.evaluate("node => { node.marked = true }")
+    updates = int(chart.get_attribute("data-updates"))
+    first = page.get_by_role("progressbar").first.inner_text() if page.get_by_role("progressbar").count() else ""
+    page.wait_for_function(
+        "n => Number(document.querySelector(\"[aria-label*='Training loss']\").dataset.updates) > n + 1",
+        arg=updates,
+        timeout=60_000,
+    )
+    assert chart.evaluate("node => node.marked === true"), "the chart was updated and not replaced"
+    assert run.state().status == "running"
+    assert first != page.get_by_text(re.compile(r"\d+ of \d+")).first.inner_text()
+
+
+def finds_the_comparison(page) -> None:
+    page.get_by_text("Same seeds, side by side").wait_for(timeout=30_000)
+    for variant in ("dense", "structured", "N:M"):
+        page.get_by_alt_text(re.compile(f"^{re.escape(variant)}: seeds 0 to 7")).wait_for(timeout=15_000)
+    page.get_by_text(re.compile("% of the dense model's weights are gone")).wait_for(timeout=15_000)
+    page.locator(".barlayer").nth(1).wait_for(timeout=15_000)
+    page.get_by_role("cell", name="Validation loss").or_(page.get_by_text("Validation loss")).first.wait_for()
