@@ -142,6 +142,14 @@ def execute(
         return status
 
 
+def import_all() -> None:
+    """Import what the stages import late, so that a first run does not pay for it."""
+    import diffusers.training_utils
+    import torch_fidelity.metric_fid
+    import torch_pruning  # noqa: F401
+    from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
+
+
 def resumable(run: Run) -> None:
     """InputError unless the run can go on."""
     status = run.state().status
