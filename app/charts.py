@@ -116,7 +116,7 @@ def bars(values: dict[str, float], title: str, spread: dict[str, tuple[float, fl
     return _finish(figure, "", "").update_layout(title=title, height=340, showlegend=False)
 
 
-def _finish(figure: go.Figure, x: str, y: str, y_type: str = "linear") -> go.Figure:
+def _finish(figure: go.Figure, x: str, y: str, y_type: str | None = None) -> go.Figure:
     figure.update_layout(
         template="none",
         height=320,
@@ -128,5 +128,7 @@ def _finish(figure: go.Figure, x: str, y: str, y_type: str = "linear") -> go.Fig
         plot_bgcolor="rgba(0,0,0,0)",
     )
     figure.update_xaxes(title=x, gridcolor="rgba(128,128,128,.2)", zeroline=False)
-    figure.update_yaxes(title=y, gridcolor="rgba(128,128,128,.2)", type=y_type, zeroline=False, automargin=True)
+    figure.update_yaxes(title=y, gridcolor="rgba(128,128,128,.2)", zeroline=False, automargin=True)
+    if y_type:
+        figure.update_yaxes(type=y_type)
     return figure

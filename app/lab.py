@@ -52,7 +52,7 @@ class Card:
 def card(run: Run) -> Card:
     """A run's recipe and state; a broken folder is a card that says so."""
     try:
-        return Card(run, run.recipe(), run.state())
+        return Card(run, _recipe(str(run.folder), _stamp(run.folder / "recipe.yaml")), run.state())
     except (store.StoreError, ValueError) as error:
         return Card(run, problem=str(error))
 
@@ -60,6 +60,11 @@ def card(run: Run) -> Card:
 def cards() -> list[Card]:
     """All runs, newest first."""
     return [card(run) for run in store.all_runs(runs_dir())]
+
+
+@st.cache_data(show_spinner=False, max_entries=512)
+def _recipe(folder: str, stamp: tuple[int, int]) -> Recipe:
+    return Run(Path(folder)).recipe()
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -131,7 +131,7 @@ class Recipe(_Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Safe YAML in which ``1e-4`` is a number, and in which a key may stand only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

@@ -34,9 +34,9 @@ def test_the_demo_from_the_button_to_the_comparison(tmp_path):
         assert run.state().status == "done", run.log_path.read_text()
         page.get_by_text(re.compile(r"Done in")).wait_for(timeout=15_000)
         page.get_by_role("tab", name="Masks").click()
-        page.locator("[aria-label*='differ from the initial mask'] .heatmaplayer").wait_for(timeout=15_000)
+        page.locator("[aria-label*='differ from the initial mask'] .heatmaplayer image").first.wait_for(state="attached", timeout=15_000)
         page.get_by_role("tab", name="Compliance").click()
-        page.locator("[aria-label*='Compliance, density'] .heatmaplayer").wait_for(timeout=15_000)
+        page.locator("[aria-label*='Compliance, density'] .heatmaplayer image").first.wait_for(state="attached", timeout=15_000)
         page.get_by_role("tab", name="Samples").click()
         page.get_by_alt_text(re.compile("16 samples at")).wait_for(timeout=15_000)
         page.get_by_test_id("stMain").get_by_role("link", name="Compare").click()
@@ -48,7 +48,7 @@ def test_the_demo_from_the_button_to_the_comparison(tmp_path):
 
 def sees_live_progress(page, run) -> None:
     """The bar moves and the loss curve updates in place while the job trains."""
-    page.locator("[aria-label*='Training loss'] .scatterlayer").first.wait_for(timeout=120_000)
+    page.locator("[aria-label*='Training loss'] .scatterlayer path").first.wait_for(state="attached", timeout=120_000)
     chart = page.locator("[aria-label*='Training loss']")
     chart.evaluate("node => { node.marked = true }")
     updates = int(chart.get_attribute("data-updates"))
@@ -68,5 +68,5 @@ def finds_the_comparison(page) -> None:
     for variant in ("dense", "structured", "N:M"):
         page.get_by_alt_text(re.compile(f"^{re.escape(variant)}: seeds 0 to 7")).wait_for(timeout=15_000)
     page.get_by_text(re.compile("% of the dense model's weights are gone")).wait_for(timeout=15_000)
-    page.locator(".barlayer").nth(1).wait_for(timeout=15_000)
+    page.locator(".barlayer path").nth(5).wait_for(state="attached", timeout=15_000)
     page.get_by_role("cell", name="Validation loss").or_(page.get_by_text("Validation loss")).first.wait_for()
