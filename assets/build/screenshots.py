@@ -1,0 +1,95 @@
+"""Runs the demo in the real lab and photographs each page.
+
+    make screenshots          # or: .venv/bin/python assets/build/screenshots.py [--runs DIR]
+
+All pictures, light and dark and narrow, go to ``.build/screenshots``; Monitor (while the job trains) and
+Compare also to ``assets/``, for the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import browser  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from prunedm import store  # noqa: E402
+
+OUT = ROOT / ".build" / "screenshots"
+PAGES = ("", "launch", "monitor", "compare")
+
+
+def photograph(page, path: Path, tallest: int = 2600) -> None:
+    """The whole page: as high as its content."""
+    width = page.viewport_size["width"]
+    page.wait_for_timeout(1500)
+    height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
+    page.set_viewport_size({"width": width, "height": min(int(height) + 40, tallest)})
+    page.wait_for_timeout(1500)
+    page.screenshot(path=str(path))
+    page.set_viewport_size({"width": width, "height": 900})
+
+
+def to_asset(name: str) -> None:
+    """A palette PNG: a third of the bytes, the same to the eye."""
+    image = Image.open(OUT / f"{name}.png").convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    image.save(ROOT / "assets" / f"{name}.png", optimize=True)
+
+
+def demo(url: str, runs: Path) -> None:
+    """Press the button, photograph Monitor in the middle of mask learning, wait for the end."""
+    with browser.chromium() as page:
+        page.goto(url)
+        browser.settle(page, 30)
+        page.get_by_role("button", name="Run the demo").click()
+        page.wait_for_url(re.compile("/monitor"), timeout=60_000)
+        run = store.all_runs(runs)[0]
+        while run.state().stage != "mask" or run.state().step < 40:
+            page.wait_for_timeout(500)
+        page.get_by_role("tab", name="Masks").click()
+        page.wait_for_timeout(6000)
+        photograph(page, OUT / "monitor-masks.png")
+        while run.state().status in ("queued", "running"):
+            page.wait_for_timeout(500)
+
+
+def each_page(url: str, suffix: str, **options) -> None:
+    with browser.chromium(**options) as page:
+        for name in PAGES:
+            page.goto(f"{url}/{name}")
+            browser.settle(page, 30)
+            photograph(page, OUT / f"{name or 'home'}{suffix}.png")
+            if name == "monitor":
+                for tab in ("Masks", "Compliance", "Samples"):
+                    page.get_by_role("tab", name=tab).click()
+                    photograph(page, OUT / f"{name}-{tab.lower()}{suffix}.png")
+        for error in page.errors:
+            print(f"console error: {error}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, help="photograph these runs instead of a fresh demo")
+    given = parser.parse_args().runs
+    OUT.mkdir(parents=True, exist_ok=True)
+    runs = given or Path(tempfile.mkdtemp(prefix="prunedm-"))
+    with browser.server(runs.resolve(), OUT / "server.log") as url:
+        if given is None:
+            demo(url, runs)
+        each_page(url, "")
+        each_page(url, "-dark", color_scheme="dark")
+        each_page(url, "-narrow", viewport={"width": 390, "height": 900})
+    for name in ("monitor", "compare"):
+        to_asset(name)
+    print(f"written: {OUT}")
+
+
+if __name__ == "__main__":
+    main()
