@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import types
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import streamlit as st
@@ -58,12 +60,14 @@ def fields() -> dict[str, Any]:
     return document
 
 
-def command_line(recipe: Recipe) -> str:
-    """The same run on the command line: only what differs from the defaults."""
+def command_line(recipe: Recipe, runs_dir: Path) -> str:
+    """The same run on the command line, into the same runs folder: only what differs from the defaults."""
     changed = {k: b for k, (_, b) in recipes.differences(Recipe(), recipe).items() if k != "name"}
-    parts = ["python", "-m", "prunedm", "run", "--name", recipe.name]
+    parts = [".venv/bin/python", "-m", "prunedm", "run", "--runs-dir", str(runs_dir), "--name", recipe.name]
     for path, value in changed.items():
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+        # JSON is YAML; a string that YAML would take for something else keeps its quotes.
+        bare = isinstance(value, str) and recipes.parse_safely(value) == value
+        shown = value if bare else json.dumps(value)
         parts += ["--set", f"{path}={shown}"]
     return shlex.join(parts)
 
@@ -74,7 +78,10 @@ def _widget(path: str, field: Any) -> Any:
     common = {"key": key(path), "help": field.description, "persist_state": "session"}
     if optional:
         text = st.text_input(label, placeholder="automatic", **common)
-        return recipes.parse_value(text) if text.strip() else None
+        try:
+            return recipes.parse_value(text) if text.strip() else None
+        except recipes.RecipeError:
+            return text  # not even YAML: validation names the field and the rule
     if get_origin(kind) is Literal:
         return st.selectbox(label, get_args(kind), **common)
     if kind is bool:

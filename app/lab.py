@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import streamlit as st
 from prunedm import store
 from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
-from prunedm.records import RunState
+from prunedm.records import ACTIVE, RunState
 from prunedm.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,18 +44,26 @@ class Card:
     run: Run
     recipe: Recipe | None = None
     state: RunState | None = None
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
     problem: str = ""
 
     @property
     def status(self) -> str:
         return self.state.status if self.state else "unreadable"
 
+    @property
+    def active(self) -> bool:
+        return self.status in ACTIVE
+
 
 def card(run: Run) -> Card:
-    """A run's recipe and state; a broken folder is a card that says so."""
+    """A run's recipe, state and figures; a broken folder is a card that says so."""
     try:
-        return Card(run, _recipe(str(run.folder), _stamp(run.folder / "recipe.yaml")), run.state())
-    except (store.StoreError, ValueError) as error:
+        folder = str(run.folder)
+        recipe = _recipe(folder, _stamp(run.folder / "recipe.yaml"))
+        results = _results(folder, _stamp(run.folder / "evaluation.json"))
+        return Card(run, recipe, run.state(), results)
+    except (ValueError, OSError) as error:
         return Card(run, problem=str(error))
 
 
@@ -63,26 +73,54 @@ def cards() -> list[Card]:
 
 
 @st.cache_data(show_spinner=False, max_entries=512)
-def _recipe(folder: str, stamp: tuple[int, int]) -> Recipe:
+def _recipe(folder: str, stamp: tuple[int, ...]) -> Recipe:
     return Run(Path(folder)).recipe()
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+@st.cache_data(show_spinner=False, max_entries=512)
+def _results(folder: str, stamp: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    return Run(Path(folder)).evaluation()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
     try:
         stat = path.stat()
     except FileNotFoundError:
-        return (0, 0)
-    return (stat.st_mtime_ns, stat.st_size)
+        return ()
+    return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+
+
+@dataclass
+class _Tail:
+    """A growing file of JSON lines, of which only what is new is parsed."""
+
+    inode: int = 0
+    offset: int = 0
+    records: list[dict[str, Any]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@st.cache_resource(show_spinner=False, max_entries=16)
+def _tail(path: str) -> _Tail:
+    return _Tail()
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
-    """The run's step records, read again only when the file has changed."""
-    return _metrics(str(run.folder), _stamp(run.folder / "metrics.jsonl"))
-
-
-@st.cache_data(show_spinner=False, max_entries=8)
-def _metrics(folder: str, stamp: tuple[int, int]) -> list[dict[str, Any]]:
-    return Run(Path(folder)).metrics()
+    """The run's step records so far. Treat as read-only: all tabs share the list."""
+    path = run.folder / "metrics.jsonl"
+    tail = _tail(str(path))
+    if not path.exists():
+        return []
+    with tail.lock, path.open("rb") as file:
+        stat = os.fstat(file.fileno())
+        if stat.st_ino != tail.inode or stat.st_size < tail.offset:  # rewritten by a resume
+            tail.inode, tail.offset, tail.records = stat.st_ino, 0, []
+        file.seek(tail.offset)
+        whole, newline, _ = file.read().rpartition(b"\n")
+        tail.offset += len(whole) + len(newline)
+        new = [json.loads(line) for line in whole.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+        tail.records = [*tail.records, *new]
+        return tail.records
 
 
 @st.cache_data(show_spinner="Pruning a copy in memory to predict the sizes…", max_entries=64)
@@ -94,7 +132,8 @@ def preview(recipe_json: str, folder: str) -> dict[str, Any]:
 
 
 def start(recipe: Recipe) -> None:
-    """Queue a run and go to its Monitor; ValueError when it cannot run."""
-    run = jobs().submit(recipe)
-    st.session_state["monitor_run"] = run.id
+    """Queue a run and go to its Monitor; ValueError or OSError when it cannot run."""
+    with st.spinner("Preparing the run…"):
+        run = jobs().submit(recipe)
+    st.session_state["run_shown"] = run.id
     st.switch_page(ROOT / "pages" / "monitor.py", query_params={"run": run.id})

@@ -11,8 +11,9 @@ import shutil
 from pathlib import Path
 
 import plotly
-import plotly.graph_objects as go
 import streamlit as st
+
+from app.charts import Figure
 
 STATIC = Path(__file__).parent / "static" / "plotly.min.js"
 SOURCE = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
@@ -67,6 +68,6 @@ def _component():
     )
 
 
-def live_plot(figure: go.Figure, key: str, alt: str) -> None:
+def live_plot(figure: Figure, key: str, alt: str) -> None:
     """Draw or update the chart with this key; ``alt`` says in words what it shows."""
-    _component()(key=key, data={"figure": json.dumps(figure.to_plotly_json(), cls=plotly.utils.PlotlyJSONEncoder), "alt": alt})
+    _component()(key=key, data={"figure": json.dumps(figure), "alt": alt})

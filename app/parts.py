@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,26 @@ STATES = {  # icon and colour; the word always stands beside them
     "interrupted": ("⚡", "orange"),
     "unreadable": ("?", "red"),
 }
+LOG_TAIL = 20_000  # bytes
 
 
 def page_style() -> None:
     """Small images are the model's own pixels: enlarge them without smoothing."""
     st.html("<style>[data-testid='stImage'] img{image-rendering:pixelated}</style>")
+
+
+def plain(text: object) -> str:
+    """Foreign text with every character of Markdown's escaped: shown, and never rendered."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+\-!|$:~&])", r"\\\1", str(text))
+
+
+@contextmanager
+def said() -> Iterator[None]:
+    """What an action or a section raises on bad input or a damaged file is said in one line."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        st.error(plain(error))
 
 
 def state_chip(status: str) -> None:
@@ -66,14 +85,12 @@ def mosaic(images: list[Image.Image], columns: int, factor: int, gap: int = 2) -
     """Images side by side with small gaps."""
     width, height = images[0].width * factor + gap, images[0].height * factor + gap
     rows = -(-len(images) // columns)
-    canvas = Image.new(images[0].mode, (columns * width - gap, rows * height - gap), color=_grey(images[0].mode))
+    mode = images[0].mode
+    grey: Any = 128 if mode == "L" else (128,) * len(mode)
+    canvas = Image.new(mode, (min(columns, len(images)) * width - gap, rows * height - gap), color=grey)
     for i, image in enumerate(images):
         canvas.paste(pictures.enlarged(image, factor), (i % columns * width, i // columns * height))
     return canvas
-
-
-def _grey(mode: str) -> Any:
-    return 128 if mode == "L" else (128,) * len(mode)
 
 
 def empty(text: str, page: str, label: str) -> None:
@@ -84,24 +101,66 @@ def empty(text: str, page: str, label: str) -> None:
 
 def failure(card: lab.Card) -> None:
     """Cause in plain words, what to do, and the log folded."""
-    st.error(f"**Why it failed:** {card.state.error}")
-    log = card.run.log_path
-    if log.exists():
-        with st.expander("Log with the traceback"):
-            st.code(log.read_text(encoding="utf-8", errors="replace")[-8000:], language=None)
+    st.error(f"**Why it failed:** {plain(card.state.error)}")
+    with st.expander("Log with the traceback"):
+        log(card.run)
 
 
-def choose_run(cards: list[lab.Card], parameter: str, label: str = "Run") -> lab.Card | None:
-    """A run picker that follows and writes the page's query parameter."""
-    ids = [c.run.id for c in cards]
-    wanted = st.query_params.get(parameter) or st.session_state.get("monitor_run")
-    index = ids.index(wanted) if wanted in ids else 0
+def log(run) -> None:
+    """The end of a run's log."""
+    if not run.log_path.exists():
+        st.caption("The log is empty so far.")
+        return
+    with run.log_path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
+        st.code(file.read().decode("utf-8", "replace"), language=None)
+
+
+def follow_url(parameter: str, key: str, options: list[str], several: bool = False) -> None:
+    """Before a picker is drawn: take over what the address asks for, when it is new.
+
+    A picker that read its default from the parameter that it also writes would undo every second choice.
+    """
+    wanted = st.query_params.get(parameter, "")
+    if not wanted or wanted == st.session_state.get(f"{key}.url"):
+        return
+    ids = wanted.split(",") if several else [wanted]
+    known = [i for i in ids if i in options]
+    missing = [i for i in ids if i not in options]
+    if missing:
+        st.warning(f"There is no run {plain(', '.join(missing))} here: it may have been deleted.")
+    if known:
+        st.session_state[key] = known if several else known[0]
+
+
+def write_url(parameter: str, key: str, value: str) -> None:
+    """After a picker is drawn: the address names what is shown."""
+    st.query_params[parameter] = value
+    st.session_state[f"{key}.url"] = value
+
+
+def choose_run(cards: list[lab.Card]) -> lab.Card:
+    """The run to look at, in step with ``?run=`` and remembered between pages."""
     by_id = {c.run.id: c for c in cards}
+    key = "run_pick"
+    follow_url("run", key, list(by_id))
+    if st.session_state.get(key) not in by_id:
+        shown = st.session_state.get("run_shown")
+        st.session_state[key] = shown if shown in by_id else cards[0].run.id
     chosen = st.selectbox(
-        label, ids, index=index, format_func=lambda i: f"{i} ({STATES[by_id[i].status][0]} {by_id[i].status})"
+        "Run", list(by_id), key=key, format_func=lambda i: f"{i} ({STATES[by_id[i].status][0]} {by_id[i].status})"
     )
-    if wanted is not None and wanted not in ids:
-        st.warning(f"There is no run {wanted} in {lab.runs_dir()}; showing {chosen} instead.")
-    st.query_params[parameter] = chosen
-    st.session_state["monitor_run"] = chosen
+    write_url("run", key, chosen)
+    st.session_state["run_shown"] = chosen
     return by_id[chosen]
+
+
+def step_slider(label: str, options: list, key: str, format_func=str):
+    """A slider over a growing list that moves with its end, unless the user has gone back."""
+    if len(options) == 1:
+        return options[0]
+    last = f"{key}.last"
+    if st.session_state.get(key) not in options or st.session_state.get(key) == st.session_state.get(last):
+        st.session_state[key] = options[-1]
+    st.session_state[last] = options[-1]
+    return st.select_slider(label, options, key=key, format_func=format_func)

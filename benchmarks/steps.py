@@ -31,7 +31,8 @@ def model(requires_grad: bool):
 def trainers(task: learn.Task) -> dict[str, learn.Trainer]:
     made = {}
     dense = model(True).unet
-    made["fine-tune"] = learn.Trainer("f", 10**6, task, learn.DenseLoss(dense), learn.Weights(dense, 1e-5, 0.999, 10**6))
+    weights = learn.Weights(dense, 1e-5, 0.999, 10**6)
+    made["fine-tune"] = learn.Trainer("f", 10**6, task, learn.DenseLoss(dense), weights)
     masked = masks.MaskedUNet(model(True).unet, 2, 4)
     masked.logits = masked.initial
     weights = learn.Weights(masked.unet, 1e-5, 0.999, 10**6)

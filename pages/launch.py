@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from app import forms, lab
+from app import forms, lab, parts
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe, RecipeError
 
@@ -20,31 +20,43 @@ def current() -> Recipe | None:
     try:
         return recipes.build(forms.fields())
     except RecipeError as error:
-        st.error(str(error))
+        st.error(parts.plain(error))
         return None
+
+
+def relevant(recipe: Recipe) -> Recipe:
+    """The recipe with all that sizes do not depend on put back to its default, so that edits of the
+    rest find the prediction in the cache."""
+    kept = {
+        "model": recipe.model,
+        "prune": {"method": recipe.prune.method, "target": recipe.prune.target},
+        "mask": {"n": recipe.mask.n, "m": recipe.mask.m},
+        "seed": recipe.seed if recipe.prune.method == "random" else 0,
+    }
+    if recipe.mask.method == "none":
+        kept["mask"]["method"] = "none"
+    return Recipe.model_validate(kept)
 
 
 def prediction(recipe: Recipe) -> bool:
     """Sizes and layers that this recipe will lead to; False when it cannot run."""
     st.subheader("What this will do")
-    relevant = recipe.model_dump()
-    neutral = Recipe().model_dump()
-    for section in ("data", "train", "eval"):
-        relevant[section] = neutral[section]
-    relevant["name"] = neutral["name"]
     try:
-        found = lab.preview(Recipe.model_validate(relevant).model_dump_json(), str(lab.runs_dir()))
-    except ValueError as error:
-        st.error(str(error))
+        found = lab.preview(relevant(recipe).model_dump_json(), str(lab.runs_dir()))
+    except (ValueError, OSError) as error:
+        st.error(parts.plain(error))
         return False
     sizes, macs = found["parameters"], found["macs"]
-    dense = sizes["dense"]
-    a, b, c, d = st.columns(4)
-    a.metric("Parameters, dense", f"{dense:,}", border=True)
-    b.metric("after stage 1", f"{sizes['structured']:,}", f"{sizes['structured'] / dense - 1:.1%}", "inverse", border=True)
-    c.metric("non-zero after stage 2", f"{sizes['nm_nonzero']:,}", f"{sizes['nm_nonzero'] / dense - 1:.1%}", "inverse", border=True)
+    dense, structured, nonzero = sizes["dense"], sizes["structured"], sizes["nm_nonzero"]
     change = macs["structured"] / macs["dense"] - 1
-    d.metric("MACs an image after stage 1", f"{macs['structured'] / 1e6:,.0f} M", f"{change:.1%}", "inverse", border=True)
+    boxes = [
+        ("Parameters, dense", f"{dense:,}", None),
+        ("after stage 1", f"{structured:,}", f"{structured / dense - 1:.1%}"),
+        ("non-zero after stage 2", f"{nonzero:,}", f"{nonzero / dense - 1:.1%}"),
+        ("MACs an image after stage 1", f"{macs['structured'] / 1e6:,.0f} M", f"{change:.1%}"),
+    ]
+    for column, (label, value, delta) in zip(st.columns(4), boxes):
+        column.metric(label, value, delta, "inverse", border=True)
     if found["prune"] and found["prune"]["reason"]:
         st.warning(f"The target of {recipe.prune.target:.0%} is not met: {found['prune']['reason']}.")
     layers(recipe, found)
@@ -53,7 +65,8 @@ def prediction(recipe: Recipe) -> bool:
 
 def layers(recipe: Recipe, found: dict) -> None:
     masked = [layer for layer in found["layers"] if layer["eligible"]]
-    with st.expander(f"Layers: {len(masked)} of {len(found['layers'])} will carry {recipe.mask.n}:{recipe.mask.m} masks"):
+    title = f"Layers: {len(masked)} of {len(found['layers'])} will carry {recipe.mask.n}:{recipe.mask.m} masks"
+    with st.expander(title):
         st.dataframe(
             [
                 {
@@ -77,12 +90,11 @@ presets()
 chosen = current()
 if chosen is not None and prediction(chosen):
     if st.button("Start", type="primary", icon="▶️", shortcut="Ctrl+Enter"):
-        try:
+        with parts.said():
             lab.start(chosen)
-        except ValueError as error:
-            st.error(str(error))
     st.subheader("The same on the command line")
-    st.code(forms.command_line(chosen), language="bash", wrap_lines=True)
+    st.code(forms.command_line(chosen, lab.runs_dir()), language="bash", wrap_lines=True)
     with st.expander("Recipe as YAML"):
         st.code(chosen.to_yaml(), language="yaml")
-lab.jobs()
+with parts.said():
+    lab.jobs()

@@ -50,12 +50,11 @@ def run_command(
     recipe = recipes.resolve(recipe_file, preset, assignments, name)
     from . import pipeline, store
 
+    pipeline.load_inputs(recipe, runs_dir)
     if dry_run:
         _print_preview(recipe, pipeline.preview(recipe, runs_dir), as_json)
         return
-    store.check_writable(runs_dir)
-    pipeline.load_inputs(recipe, runs_dir)
-    _work(store.create(runs_dir, recipe), as_json)
+    _work(store.create(runs_dir, pipeline.absolute(recipe, runs_dir)), as_json)
 
 
 @app.command()
@@ -65,7 +64,6 @@ def resume(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) 
 
     found = store.find(runs_dir, run)
     pipeline.resumable(found)
-    pipeline.load_inputs(found.recipe(), runs_dir)
     _work(found, as_json)
 
 
@@ -92,17 +90,18 @@ def list_runs(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None
             _shown(nm.get("validation_loss"), "{:.5f}"),
             _shown(nm.get("fid"), "{:.2f}"),
         )
-    _console().print(table if rows else f"no runs in {runs_dir}; start one: python -m prunedm run --preset smoke")
+    none = f"no runs in {runs_dir}; start one: python -m prunedm run --preset smoke"
+    _console().print(table if rows else none)
 
 
 @app.command()
 def show(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
     """Show one run: state, recipe and figures."""
-    from . import pipeline, store
+    from . import report, store
 
     found = store.find(runs_dir, run)
     if as_json:
-        print(json.dumps(pipeline.summary(found)))
+        print(json.dumps(report.summary(found)))
         return
     state = found.state()
     console = _console()
@@ -134,7 +133,7 @@ def doctor(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
 
 def _work(run: Run, as_json: bool) -> None:
     """Execute with progress bars; Ctrl-C stops after the step at hand, a second one at once."""
-    from . import pipeline
+    from . import pipeline, report
 
     asked: list[int] = []
 
@@ -160,11 +159,8 @@ def _work(run: Run, as_json: bool) -> None:
         console.print(f"{run.id} {status}" + (f": {error}" if error else ""), highlight=False)
         console.print(f"go on with: python -m prunedm resume {run.id} --runs-dir {run.folder.parent}")
     if as_json:
-        print(json.dumps(pipeline.summary(run)))
-    if asked or status == "interrupted":
-        raise typer.Exit(INTERRUPTED)
-    if status == "failed":
-        raise typer.Exit(FAILED)
+        print(json.dumps(report.summary(run)))
+    raise typer.Exit({"done": 0, "failed": FAILED}.get(status, INTERRUPTED))
 
 
 class _Progress:
@@ -253,10 +249,10 @@ def _print_figures(run: Run) -> None:
 
 def _row(run: Run) -> dict[str, Any]:
     """One run for ``ls``; a broken folder is a row that says so."""
-    from . import pipeline, store
+    from . import report, store
 
     try:
-        return pipeline.summary(run) | {"stage": run.state().stage}
+        return report.summary(run)
     except (store.StoreError, ValueError) as error:
         return {
             "run": run.id,
@@ -290,6 +286,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
     except ValueError as error:  # RecipeError, ModelError, StoreError, InputError: all one line
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT

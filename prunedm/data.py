@@ -6,11 +6,13 @@ the batch of step k does not depend on what the process did before.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import bundled
@@ -18,6 +20,8 @@ from .seeds import generator
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 HELD_OUT_SHARE = 0.1
+# What Pillow raises on files that are torn, altered, not images, or bombs.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass
@@ -28,6 +32,7 @@ class Images:
     train: Tensor
     held_out: Tensor
     skipped: list[str] = field(default_factory=list)
+    is_bundled: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -59,7 +64,8 @@ def load_bundled(path: Path = bundled.IMAGES) -> Images:
     """The bundled subset: 12,000 training and 3,000 held-out grey images of 28x28."""
     with np.load(path, allow_pickle=False) as archive:
         train, held_out = archive["train_images"], archive["heldout_images"]
-    return Images(bundled.IMAGES_NAME, *(torch.from_numpy(a)[:, None] for a in (train, held_out)))
+    tensors = (torch.from_numpy(a)[:, None] for a in (train, held_out))
+    return Images(bundled.IMAGES_NAME, *tensors, is_bundled=True)
 
 
 def load_bundled_labels(path: Path = bundled.IMAGES) -> tuple[Tensor, Tensor]:
@@ -73,8 +79,6 @@ def load_folder(folder: Path, shape: tuple[int, int, int]) -> Images:
 
     Unreadable files are skipped and named in ``Images.skipped``.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if not folder.is_dir():
         raise ValueError(f"data.source={folder} is not a folder; give an image folder or 'bundled'")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -87,7 +91,7 @@ def load_folder(folder: Path, shape: tuple[int, int, int]) -> Images:
         try:
             with Image.open(file) as image:
                 fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert(mode), (width, height))
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             skipped.append(f"{file.name}: {error}")
             continue
         arrays.append(np.asarray(fitted, dtype=np.uint8).reshape(height, width, channels))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .seeds import generator
+from .unet import image_shape
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,H,W], t [B]) -> prediction [B,C,H,W]
 
@@ -54,9 +55,7 @@ def noised(scheduler, x0: Tensor, gen: torch.Generator, stratify: bool = False) 
         t = torch.randint(steps, (count,), generator=gen)
     noise = torch.randn(x0.shape, generator=gen).to(x0)
     t = t.to(x0.device)
-    return NoisedBatch(
-        scheduler.add_noise(x0, noise, t), t, regression_target(scheduler, x0, noise, t)
-    )
+    return NoisedBatch(scheduler.add_noise(x0, noise, t), t, regression_target(scheduler, x0, noise, t))
 
 
 def per_image_loss(denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
@@ -70,9 +69,7 @@ def loss(denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
     return per_image_loss(denoiser, batch).mean()
 
 
-def validation_batches(
-    scheduler, images: Tensor, count: int, batch_size: int, seed: int
-) -> list[NoisedBatch]:
+def validation_batches(scheduler, images: Tensor, count: int, batch_size: int, seed: int) -> list[NoisedBatch]:
     """Fixed (x, t, noise) from the first ``count`` held-out images, shared by all variants."""
     images = images[:count]
     gen = generator(seed, "validation")
@@ -109,10 +106,7 @@ def sample(
 ) -> Tensor:
     """Images ``[B, C, H, W]`` in [-1, 1], one for each seed, the same whatever the batch size."""
     stepper = make_sampler(sampler, scheduler, steps)
-    config, parameter = unet.config, next(unet.parameters())
-    side = config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    shape = (config.in_channels, height, width)
+    shape, parameter = image_shape(unet), next(unet.parameters())
     generators = [generator(seed, "image") for seed in image_seeds]
     x = torch.stack([torch.randn(shape, generator=gen) for gen in generators])
     x = (x * stepper.init_noise_sigma).to(parameter.device)

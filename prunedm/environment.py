@@ -14,7 +14,12 @@ import psutil
 
 from . import __version__
 
-PACKAGES = ("torch", "diffusers", "torch-pruning", "torch-fidelity", "streamlit", "plotly", "safetensors")
+PACKAGES = (
+    "torch", "torchvision", "diffusers", "torch-pruning", "torch-fidelity", "accelerate", "safetensors",
+    "huggingface_hub", "streamlit", "plotly", "pandas", "numpy", "scipy", "pillow", "pydantic", "pyyaml",
+    "typer", "rich", "psutil", "filelock",
+)  # fmt: skip
+SETUP = "run `make lab`, or pip install -r requirements.txt"
 
 
 @dataclass
@@ -53,30 +58,44 @@ def machine() -> dict[str, str]:
 
 def checks(runs_dir: Path) -> list[Check]:
     """All that a run needs, looked at one by one."""
-    from . import bundled
+    found = versions()
+    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
+    packages = [Check(name, found[name] != "missing", found[name], SETUP) for name in PACKAGES]
+    checked = [Check("python", supported, platform.python_version(), "use Python 3.10 to 3.13"), *packages]
+    if found["torch"] != "missing":
+        checked += _machine_checks()
+    return checked + _asset_checks() + _disk_checks(runs_dir)
+
+
+def _machine_checks() -> list[Check]:
     from .learn import use_bf16
     from .unet import resolve_device
 
-    supported = (3, 10) <= sys.version_info[:2] <= (3, 13)
-    found = [Check("python", supported, platform.python_version(), "use Python 3.10 to 3.13")]
-    for name, version in versions().items():
-        if name != "python":
-            found.append(Check(name, version != "missing", version, "run `make lab` or pip install -r requirements.txt"))
-    here = machine()
-    device = resolve_device("auto")
-    found.append(Check("processor", True, here["processor"]))
+    here, device = machine(), resolve_device("auto")
     free = psutil.virtual_memory().available / 2**30
-    found.append(Check("memory", free > 3, f"{free:.1f} GiB free of {here['memory']}", "close programs: 3 GiB are needed"))
-    found.append(Check("device", True, f"{device} (GPU: {here['gpu']}), bf16 training: {use_bf16(device, 'auto')}"))
-    for asset in (bundled.MODEL, bundled.IMAGES, bundled.FEATURE_NETWORK, bundled.REFERENCE):
-        there = "there" if asset.exists() else "missing"
-        found.append(Check(f"assets/{asset.name}", asset.exists(), there, "restore it from the repository"))
+    bf16 = "yes" if use_bf16(device, "auto") else "no, fp32"
+    return [
+        Check("processor", True, here["processor"]),
+        Check("memory", free > 3, f"{free:.1f} GiB free of {here['memory']}", "close programs: 3 GiB are needed"),
+        Check("device", True, f"{device} (GPU: {here['gpu']}); bf16 training: {bf16}"),
+    ]
+
+
+def _asset_checks() -> list[Check]:
+    from . import bundled
+
+    assets = (bundled.MODEL, bundled.IMAGES, bundled.FEATURE_NETWORK, bundled.REFERENCE, bundled.EVALUATIONS)
+    restore = "restore it from the repository"
+    return [Check(f"assets/{a.name}", a.exists(), "there" if a.exists() else "missing", restore) for a in assets]
+
+
+def _disk_checks(runs_dir: Path) -> list[Check]:
     existing = next(p for p in (runs_dir, *runs_dir.absolute().parents) if p.exists())
-    disk = shutil.disk_usage(existing).free / 2**30
-    found.append(Check("disk", disk > 1, f"{disk:.1f} GiB free for {runs_dir}", "free some space or use --runs-dir"))
-    writable = os.access(existing, os.W_OK)
-    found.append(Check("runs folder", writable, "writable" if writable else "not writable", "use --runs-dir"))
-    return found
+    free, writable = shutil.disk_usage(existing).free / 2**30, os.access(existing, os.W_OK)
+    return [
+        Check("disk", free > 1, f"{free:.1f} GiB free for {runs_dir}", "free some space or use --runs-dir"),
+        Check("runs folder", writable, "writable" if writable else "not writable", "use --runs-dir"),
+    ]
 
 
 def _processor() -> str:

@@ -43,15 +43,11 @@ def quality(
     """Validation loss and Frechet distance; yields once a batch, the figures in the last yield."""
     device = next(model.parameters()).device
     held_out = data.to_float(images.held_out[:VALIDATION_IMAGES], device)
-    batches = diffusion.validation_batches(
-        scheduler, held_out, VALIDATION_IMAGES, VALIDATION_BATCH, settings.seed
-    )
+    batches = diffusion.validation_batches(scheduler, held_out, VALIDATION_IMAGES, VALIDATION_BATCH, settings.seed)
     loss = diffusion.validation_loss(lambda x, t: model(x, t).sample, batches)
     yield {}
     seeds = image_seeds(settings.seed, settings.images)
-    stream = diffusion.sample_stream(
-        model, scheduler, seeds, settings.sampler, settings.steps, SAMPLE_BATCH
-    )
+    stream = diffusion.sample_stream(model, scheduler, seeds, settings.sampler, settings.steps, SAMPLE_BATCH)
     features, shown = [], []
     for batch in stream:
         features.append(metrics.extract([batch], str(device)))
@@ -60,8 +56,7 @@ def quality(
         yield {}
     info = info | {"sampler": settings.sampler, "steps": settings.steps, "seed": settings.seed}
     write_atomic(sheet, pictures.sheet_png(torch.cat(shown)[:SHEET], info))
-    is_bundled = images.name == bundled.IMAGES_NAME
-    reference = metrics.reference_statistics(images.train, is_bundled, str(device))
+    reference = metrics.reference_statistics(images.train, images.is_bundled, str(device))
     yield {
         "validation_loss": loss,
         "fid": metrics.frechet_distance(metrics.statistics(torch.cat(features)), reference),
@@ -83,9 +78,7 @@ def sparsity(run: Run, recipe: Recipe) -> dict[str, Any]:
     n, m = recipe.mask.n, recipe.mask.m
     layers = run.layers()
     masked = [layer for layer in layers if layer["eligible"]]
-    good = sum(
-        layer["groups"] * pattern.compliance(tensors[f"{layer['layer']}.weight"], n, m) for layer in masked
-    )
+    good = sum(layer["groups"] * pattern.compliance(tensors[f"{layer['layer']}.weight"], n, m) for layer in masked)
     total = sum(layer["groups"] for layer in masked)
     return {
         "pattern": f"{n}:{m}",

@@ -10,6 +10,7 @@ import gc
 import queue
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from . import store
@@ -58,7 +59,7 @@ class Jobs:
         from . import pipeline
 
         pipeline.load_inputs(recipe, self.runs_dir)
-        run = store.create(self.runs_dir, recipe)
+        run = store.create(self.runs_dir, pipeline.absolute(recipe, self.runs_dir))
         self._put(run)
         return run
 
@@ -77,9 +78,7 @@ class Jobs:
         with self._lock:
             if run.id in self._waiting:
                 self._waiting.remove(run.id)
-                state = run.state()
-                state.status = "stopped"
-                run.write_state(state)
+                run.end(run.state(), "stopped", None)
                 return
         run.request_stop()
 
@@ -107,7 +106,7 @@ class Jobs:
 
         try:
             pipeline.execute(run)
-        except (store.StoreError, OSError) as error:
-            # The run could not even be claimed: another process holds it, or its folder is gone.
-            if run.folder.is_dir():
-                run.log(f"not started: {error}")
+        except Exception as error:  # noqa: BLE001  (the queue goes on whatever one run does)
+            # Not the pipeline's failures, which it records: the folder is gone, locked or full.
+            with suppress(OSError, store.StoreError):
+                run.end(run.state(), "failed", pipeline.plain_words(error))

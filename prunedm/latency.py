@@ -28,9 +28,7 @@ class Latency:
 
 
 @torch.no_grad()
-def measure(
-    unets: dict[str, nn.Module], batch: int = BATCH, rounds: int = ROUNDS
-) -> Iterator[dict[str, Latency]]:
+def measure(unets: dict[str, nn.Module], batch: int = BATCH, rounds: int = ROUNDS) -> Iterator[dict[str, Latency]]:
     """Time each UNet once a round; yields the figures so far after each round."""
     times: dict[str, list[float]] = {name: [] for name in unets}
     inputs = {}

@@ -29,12 +29,13 @@ WARMUP_SHARE = 0.05
 GRADIENT_CLIP = 1.0
 TIMESTEP_BINS = 10
 TRACKER_DECAY = 0.99  # of the paper
+REFRESH_AFTER = 100  # steps for the tracker to mean something, at its decay
 GUMBEL_FLIPS, GUMBEL_TAU = 0.05, (1.0, 0.1)
 REINFORCE_FLIPS, REINFORCE_RATE = 0.01, 0.5
 
 
 def use_bf16(device: torch.device, precision: str) -> bool:
-    """Whether training autocasts to bf16: ``auto`` does where the hardware multiplies it faster."""
+    """Whether training autocasts to bf16: ``auto`` does where the hardware multiplies bf16 by itself."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -186,30 +187,33 @@ class GumbelMasks:
 
 
 class ReinforceMasks:
-    """Policy gradient on the loss residual against the initial mask (MaskPro, arXiv 2506.12876).
+    """Policy gradient on the loss residual against a reference mask (MaskPro, arXiv 2506.12876).
 
     r = f(m_t * w) - f(m_0 * w) on the same images, timesteps and noise; a tracker for each timestep bin
-    is subtracted, the advantage is divided by its running spread, and the logits move against it along
-    the exact gradient of log P(S). No activations are kept unless the weights train too.
+    is subtracted, the advantage is divided by its running spread (``normalize_advantage``; off is the
+    paper's update), and the logits move against it along the exact gradient of log P(S). The reference
+    m_0 starts as the initial mask and becomes the top N of the logits once the tracker shows that the
+    sampled masks are better. No activations are kept unless the weights train too.
     """
 
     def __init__(self, masked: MaskedUNet, spec: Mask, steps: int, seed: int) -> None:
-        self.masked, self.seed = masked, seed
+        self.masked, self.seed, self.normalize = masked, seed, spec.normalize_advantage
         budget = spec.flip_budget or REINFORCE_FLIPS
         masked.logits = masks.confidence(masked.n, masked.m, budget) * masked.initial
         self.rate = spec.lr or REINFORCE_RATE
-        self.tracker = torch.zeros(TIMESTEP_BINS)
+        self.reference = masked.initial.clone()
+        self.tracker, self.since = torch.zeros(TIMESTEP_BINS), torch.zeros(1)
         self.spread = torch.zeros(2)  # running mean square of the advantage, number of steps
 
     def step(self, task: Task, batch: NoisedBatch, step: int, weights: Weights | None) -> dict[str, float]:
         masked, gen = self.masked, generator(self.seed, "mask", "reinforce", step)
         order = masks.sample_orders(masked.logits, masked.n, gen)
         mask = torch.zeros_like(masked.logits).scatter_(-1, order, 1.0)
-        with task.numerics():
-            with torch.no_grad():
-                base = self._loss(batch, masked.initial)
-            with torch.set_grad_enabled(weights is not None):
-                drawn = self._loss(batch, mask)
+        with task.numerics(), torch.no_grad():
+            base = self._loss(batch, self.reference)
+        # An autocast of its own: the cached casts of the pass above carry no gradient.
+        with task.numerics(), torch.set_grad_enabled(weights is not None):
+            drawn = self._loss(batch, mask)
         if weights is not None:
             drawn.mean().backward()
         residual = (drawn.detach() - base).float().cpu()
@@ -219,6 +223,7 @@ class ReinforceMasks:
         else:
             gradient = masks.ordered_score(masked.logits, order)
         masked.logits -= self.rate * advantage * gradient
+        self._refresh()
         return {
             "loss": drawn.mean().item(),
             "residual": residual.mean().item(),
@@ -238,15 +243,25 @@ class ReinforceMasks:
             self.tracker[b] += (1 - TRACKER_DECAY) * (mean - self.tracker[b])
         self.spread[1] += 1
         self.spread[0] += (advantage.square() - self.spread[0]) / self.spread[1].clamp(max=100)
-        return (advantage / self.spread[0].sqrt().clamp(min=1e-12)).item()
+        scale = self.spread[0].sqrt().clamp(min=1e-12) if self.normalize else 1.0
+        return (advantage / scale).item()
+
+    def _refresh(self) -> None:
+        """Measure against the present choice once samples beat the old reference on average."""
+        self.since += 1
+        if self.since >= REFRESH_AFTER and self.tracker.mean() < 0:
+            self.reference = self.masked.mask()
+            self.tracker.zero_()
+            self.since.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"logits": self.masked.logits, "tracker": self.tracker, "spread": self.spread}
+        names = ("reference", "tracker", "spread", "since")
+        return {"logits": self.masked.logits} | {name: getattr(self, name) for name in names}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.masked.logits.copy_(tensors["logits"])
-        self.tracker.copy_(tensors["tracker"])
-        self.spread.copy_(tensors["spread"])
+        for name in ("reference", "tracker", "spread", "since"):
+            getattr(self, name).copy_(tensors[name])
 
 
 class FixedMasks:
@@ -299,9 +314,7 @@ class Diverged(ArithmeticError):
 class Trainer:
     """A stage of training: a learner, maybe weights, so many steps; resumable at any of them."""
 
-    def __init__(
-        self, stage: str, steps: int, task: Task, learner: Learner, weights: Weights | None
-    ) -> None:
+    def __init__(self, stage: str, steps: int, task: Task, learner: Learner, weights: Weights | None) -> None:
         self.stage, self.steps, self.task = stage, steps, task
         self.learner, self.weights, self.done = learner, weights, 0
 
@@ -311,15 +324,17 @@ class Trainer:
             step = self.done
             batch = self.task.batch(self.stage, step)
             values = self.learner.step(self.task, batch, step, self.weights)
-            if not math.isfinite(values["loss"]):
-                raise Diverged(
-                    f"the loss became {values['loss']} at step {step + 1} of {self.stage}; "
-                    "lower train.lr or mask.lr"
-                )
+            self._require_finite("loss", values["loss"])
             if self.weights is not None:
                 values |= self.weights.update(step)
+                self._require_finite("gradient norm", values["grad_norm"])
             self.done = step + 1
             yield Step(self.stage, self.done, self.steps, values)
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            where = f"at step {self.done + 1} of {self.stage}"
+            raise Diverged(f"the {what} became {value} {where}; lower train.lr or mask.lr")
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
@@ -333,5 +348,5 @@ class Trainer:
 
 
 def _to_state(value: Tensor, like: Tensor) -> Tensor:
-    """Adam's step counter stays where the optimiser made it; moments go to the parameter's device."""
+    """Adam's moments and its step counter (fused Adam keeps that beside them) on the parameter's device."""
     return value.to(like.device)

@@ -177,7 +177,7 @@ class MaskedUNet(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> nn.Module:
-        """Write the masks into the UNet's weights and return it; pruned weights are +0."""
+        """Write the masks into the UNet's weights and return it."""
         for name, weight in self.masked_weights(self.mask()).items():
             self.unet.get_parameter(name).copy_(weight)
         return self.unet

@@ -7,8 +7,6 @@ hardware can use that.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -80,8 +78,3 @@ def ineligible(shape: torch.Size | tuple[int, ...], m: int) -> str | None:
 def tensor_core_ready(shape: torch.Size | tuple[int, ...]) -> bool:
     """Whether NVIDIA's ASP would take the shape for 2:4: K % 8 == 0 and C % 16 == 0."""
     return shape[0] % 8 == 0 and shape[1] % 16 == 0
-
-
-def patterns_per_group(n: int, m: int) -> int:
-    """How many N:M masks one group has: C(M, N)."""
-    return math.comb(m, n)

@@ -28,9 +28,7 @@ def sheet_png(images: Tensor, info: dict[str, Any], columns: int = COLUMNS) -> b
     geometry = {"count": count, "height": height, "width": width, "columns": columns}
     text.add_text("prunedm", json.dumps(geometry | info))
     buffer = io.BytesIO()
-    Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(
-        buffer, "PNG", pnginfo=text, optimize=True
-    )
+    Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(buffer, "PNG", pnginfo=text, optimize=True)
     return buffer.getvalue()
 
 

@@ -7,6 +7,7 @@ depends on. :func:`execute` owns the run's state; the stages only yield Step rec
 
 from __future__ import annotations
 
+import importlib
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from . import (
+    bundled,
     data,
     diffusion,
     evaluate,
@@ -39,6 +41,7 @@ from .records import RESUMABLE, STAGES, Step
 from .store import MetricsWriter, Run
 
 CHECKPOINT_SECONDS = 20.0
+CHECKPOINT_SHARE = 20  # and at most a twentieth of the time goes into writing them
 PREVIEW_IMAGES, PREVIEW_STEPS = 16, 10
 SNAPSHOTS = 20  # mask snapshots over the mask stage
 WATCHED_EVERY = 10  # steps between entropy and flip figures
@@ -62,14 +65,28 @@ def resolve_source(source: str, runs_dir: Path) -> str:
     return str(run.variant(variant or finished[-1]))
 
 
-def load_inputs(recipe: Recipe, runs_dir: Path) -> tuple[unet.Diffusion, data.Images]:
-    """Model and images of a recipe, or a ValueError in one line; nothing is written."""
+def load_inputs(recipe: Recipe, runs_dir: Path, dense: Path | None = None) -> tuple[unet.Diffusion, data.Images]:
+    """Model and images of a recipe, or a ValueError in one line; nothing is written.
+
+    ``dense``: where a run already keeps its copy of the model, which then is the source.
+    """
     unet.resolve_device(recipe.device)
-    model = unet.load(resolve_source(recipe.model.source, runs_dir))
+    model = unet.load(str(dense) if dense else resolve_source(recipe.model.source, runs_dir))
     images = data.load(recipe.data.source, model.image_shape)
     if recipe.mask.method != "none":
         masks.require_eligible(model.unet, recipe.mask.n, recipe.mask.m)
     return model, images
+
+
+def absolute(recipe: Recipe, runs_dir: Path) -> Recipe:
+    """Folders by their whole path, so that a run resumes from any working directory."""
+    changed = recipe.model_copy(deep=True)
+    sources = ((changed.model, resolve_source(recipe.model.source, runs_dir)), (changed.data, recipe.data.source))
+    for section, source in sources:
+        folder = Path(source).expanduser()
+        if source != bundled.NAME and folder.is_dir() and section.source == source:
+            section.source = str(folder.absolute())
+    return changed
 
 
 def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
@@ -108,53 +125,66 @@ def execute(
     """
     with run.lock():
         state = run.state()
-        recipe = run.recipe()
-        run.clear_stop()
         run.claim(state, "running")
-        started = time.time()
-        before, state.started, state.ended = state.seconds, started, None
-        work = Pipeline(run, recipe, MetricsWriter(run, state))
-        run.event("started", stages_done=list(state.stages_done))
-        run.log(f"started (stages done: {', '.join(state.stages_done) or 'none'})")
+        writer = MetricsWriter(run, state)
         status, error = "done", None
         try:
-            for step in work.stages():
-                state.seconds = before + time.time() - started
-                work.writer.add(step)
+            for step in _recorded_steps(run, writer, stop):
                 on_step(step)
-                if stop() or run.stop_requested():
-                    work.save_checkpoint()
-                    status = "stopped"
-                    break
+        except Stopped:
+            status = "stopped"
         except KeyboardInterrupt:
             status, error = "interrupted", "interrupted; the last checkpoint is kept"
-        except Exception as failure:  # the boundary of a job: whatever it raises is recorded and shown
+        except Exception as failure:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
             status, error = "failed", plain_words(failure)
-            run.log(traceback.format_exc())
-        state.status, state.error = status, error
-        state.ended = time.time()
-        state.seconds = before + state.ended - started
-        state.eta = None
-        run.clear_stop()
-        work.writer.flush()
-        run.event(status, error=error)
-        run.log(status if error is None else f"{status}: {error}")
+            with suppress(OSError):
+                run.log(traceback.format_exc())
+        with suppress(OSError):
+            writer.flush()
+            run.event(status, error=error)
+            run.log(status if error is None else f"{status}: {error}")
+        run.end(state, status, error)
         return status
+
+
+class Stopped(Exception):  # noqa: N818
+    """Someone asked the run to stop; its checkpoint is written."""
+
+
+def _recorded_steps(run: Run, writer: MetricsWriter, stop: Callable[[], bool]) -> Iterator[Step]:
+    """The pipeline's steps, each recorded and then followed by a look at stop requests."""
+    state, started = writer.state, time.time()
+    before, state.started, state.ended = state.seconds, started, None
+    run.event("started", stages_done=list(state.stages_done))
+    run.log(f"started (stages done: {', '.join(state.stages_done) or 'none'})")
+    if stop() or run.stop_requested():
+        raise Stopped
+    work = Pipeline(run, run.recipe(), writer)
+    for step in work.stages():
+        state.seconds = before + time.time() - started
+        writer.add(step)
+        yield step
+        if stop() or run.stop_requested():
+            work.save_checkpoint()
+            raise Stopped
+    state.seconds = before + time.time() - started
 
 
 def import_all() -> None:
     """Import what the stages import late, so that a first run does not pay for it."""
-    import diffusers.training_utils
-    import torch_fidelity.metric_fid
-    import torch_pruning  # noqa: F401
-    from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: F401
+    for name in ("diffusers.training_utils", "torch_fidelity.metric_fid", "torch_pruning"):
+        importlib.import_module(name)
+    diffusers = importlib.import_module("diffusers")
+    for name in ("DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "UNet2DModel"):
+        getattr(diffusers, name)
 
 
 def resumable(run: Run) -> None:
-    """InputError unless the run can go on."""
+    """InputError unless the run can go on; an old request to stop is forgotten."""
     status = run.state().status
-    if status not in RESUMABLE and status != "queued":
+    if status not in RESUMABLE:
         raise InputError(f"run {run.id} is {status}; only {', '.join(RESUMABLE)} runs can be resumed")
+    run.clear_stop()
 
 
 def plain_words(error: BaseException) -> str:
@@ -175,12 +205,14 @@ class Pipeline:
         self.run, self.recipe, self.writer = run, recipe, writer
         self.device = unet.resolve_device(recipe.device)
         self.trainer: Trainer | None = None
-        self.saved = time.monotonic()
+        self.saved, self.checkpoint_after = time.monotonic(), CHECKPOINT_SECONDS
 
     def stages(self) -> Iterator[Step]:
         """Every step of every stage that is not done yet."""
         runs_dir = self.run.folder.parent
-        self.model, self.images = load_inputs(self.recipe, runs_dir)
+        dense = self.run.variant("dense") if "dense" in self.run.variants() else None
+        self.model, self.images = load_inputs(self.recipe, runs_dir, dense)
+        self._redo_what_is_missing()
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
         if "dense" not in self.run.variants():
@@ -200,20 +232,39 @@ class Pipeline:
             self.run.event("stage_done", stage=stage)
 
     def save_checkpoint(self) -> None:
-        """The state of the training stage at hand, if one is running."""
+        """The state of the training stage at hand, if one is running.
+
+        Metrics go first: lines beyond a checkpoint are dropped on resume, missing ones are lost.
+        """
+        started = time.monotonic()
         if self.trainer is not None:
-            self.run.save_checkpoint(self.trainer.stage, self.trainer.tensors(), {"done": self.trainer.done})
             self.writer.flush()
+            self.run.save_checkpoint(self.trainer.stage, self.trainer.tensors(), {"done": self.trainer.done})
         self.saved = time.monotonic()
+        self.checkpoint_after = max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * (self.saved - started))
+
+    def _redo_what_is_missing(self) -> None:
+        """A stage whose result was deleted (say, because it was damaged) is not done any more."""
+        done = self.writer.state.stages_done
+        spec = self.recipe
+        results = {
+            "prune": spec.prune.target == 0 or "structured" in self.run.variants() or self.run.has_checkpoint("pruned"),
+            "finetune": spec.prune.target == 0 or "structured" in self.run.variants(),
+            "mask": spec.mask.method == "none" or "nm" in self.run.variants() or self.run.has_checkpoint("masked"),
+            "recover": spec.mask.method == "none" or "nm" in self.run.variants(),
+        }
+        for stage, there in results.items():
+            if stage in done and not there:
+                self.run.log(f"the result of stage {stage} is gone: it is done again, with all that follows")
+                del done[done.index(stage) :]
+                return
 
     # --- stages ------------------------------------------------------------------------------
     def _prune(self) -> Iterator[Step]:
         spec = self.recipe.prune
         if spec.target > 0:
             yield Step("prune", 0, 1)
-            found = structured.prune(
-                self.model.unet, spec.method, spec.target, rounding(self.recipe), self.recipe.seed
-            )
+            found = structured.prune(self.model.unet, spec.method, spec.target, rounding(self.recipe), self.recipe.seed)
             self.run.event("pruned", report=found.as_dict())
             if found.reason:
                 self.run.log(f"prune.target={spec.target} not met: {found.reason}")
@@ -252,7 +303,7 @@ class Pipeline:
             learner, steps = learn.FixedMasks(masked), spec.steps if spec.train_weights else 0
         else:
             learner = learn.LEARNERS[spec.method](masked, spec, steps, self.recipe.seed)
-        if self.run.load_checkpoint("mask") is None:
+        if not self.run.has_checkpoint("mask"):
             self._snapshot(0, masked)
             self._draw("mask", 0, masked)
         yield from self._train("mask", steps, learner, weights, masked)
@@ -272,9 +323,7 @@ class Pipeline:
             return
         masked = self._masked()
         tensors, _ = self.run.load_checkpoint("masked")
-        masked.unet.load_state_dict(
-            {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
-        )
+        masked.unet.load_state_dict({k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")})
         masked.logits, masked.initial = tensors["logits"], tensors["initial"]
         masked.to(self.device)
         weights = self._weights(masked.unet, spec.recover_steps) if spec.recover_steps else None
@@ -329,7 +378,7 @@ class Pipeline:
             if step.step in previewed:
                 self._draw(stage, step.step, masked or learner.unet)
             yield step
-            if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+            if time.monotonic() - self.saved > self.checkpoint_after:
                 self.save_checkpoint()
 
     def _masked(self) -> MaskedUNet:
@@ -374,15 +423,3 @@ def watch(masked: MaskedUNet) -> dict[str, float]:
             "entropy": pattern.mean_entropy(masked.logits),
             "flips": pattern.flips(mask, masked.initial),
         }
-
-
-def summary(run: Run) -> dict[str, Any]:
-    """What ``run --json`` prints."""
-    state = run.state()
-    found: dict[str, Any] = {"run": run.id, "folder": str(run.folder.resolve()), "status": state.status}
-    found |= {"seconds": round(state.seconds, 2), "variants": {}}
-    with suppress(store.StoreError):
-        found["variants"] = run.evaluation()
-    if state.error:
-        found["error"] = state.error
-    return found

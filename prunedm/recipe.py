@@ -56,9 +56,7 @@ class Prune(_Section):
     method: Literal["magnitude", "random"] = Field(
         "magnitude", description="how channels are ranked: L2 norm of their weights, or at random"
     )
-    target: float = Field(
-        0.4, ge=0, le=0.9, description="share of parameters to remove; 0 skips the stage"
-    )
+    target: float = Field(0.4, ge=0, le=0.9, description="share of parameters to remove; 0 skips the stage")
     finetune_steps: Steps = Field(200, description="training steps after the channels are gone")
 
 
@@ -76,6 +74,10 @@ class Mask(_Section):
         None, gt=0, lt=1, description="share of groups a first sample changes; empty: the method's own"
     )
 
+    normalize_advantage: bool = Field(
+        True, description="reinforce: divide the advantage by its running spread; off is the paper's update"
+    )
+
     @model_validator(mode="after")
     def _n_below_m(self) -> Mask:
         if self.n >= self.m:
@@ -87,7 +89,7 @@ class Train(_Section):
     lr: Rate = Field(2e-4, description="peak learning rate of the weights (AdamW, cosine)")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast on GPUs that have it, fp32 elsewhere"
+        "auto", description="auto: bf16 autocast where the GPU or CPU multiplies bf16 in hardware, else fp32"
     )
 
 
@@ -138,9 +140,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
-            raise RecipeError(f"the recipe names {', '.join(sorted(twice))} twice; keep one")
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice; keep one")
         return super().construct_mapping(node, deep)
 
+
+# ValueError: dates that are none, such as 2024-13-45; RecipeError is one and passes through below.
+YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -153,15 +158,23 @@ def parse_value(text: str) -> Any:
     """One YAML value, as in ``--set train.lr=1e-4``."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except YAML_FAULTS as error:
         raise RecipeError(f"value {text!r} is not YAML: {_first_line(error)}") from error
+
+
+def parse_safely(text: str) -> Any:
+    """:func:`parse_value`, or None for what is not YAML."""
+    try:
+        return parse_value(text)
+    except RecipeError:
+        return None
 
 
 def parse(text: str, origin: str = "recipe") -> dict[str, Any]:
     """YAML text to a nested dict, not yet validated."""
     try:
         document = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+    except YAML_FAULTS as error:
         raise RecipeError(f"{origin} is not YAML: {_first_line(error)}; mend that line") from error
     if document is None:
         return {}

@@ -55,10 +55,19 @@ def headline(results: dict[str, dict[str, Any]]) -> str:
     if dense.get("fid") is not None and last.get("fid") is not None:
         text += f" and {last['fid_extractor']} from {dense['fid']:.2f} to {last['fid']:.2f}"
     if dense.get("latency_ms") and last.get("latency_ms"):
-        text += f". A UNet call takes {last['latency_ms'] / dense['latency_ms']:.2f} times the dense model's time here"
+        share = last["latency_ms"] / dense["latency_ms"]
+        text += f". A UNet call takes {share:.2f} times the dense model's time here"
     if "nm" in results and "cpu" in str(results["nm"].get("device")):
         text += ". N:M masks save no time on a CPU: they save weights"
     return text + "."
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What ``run --json`` prints."""
+    state = run.state()
+    found: dict[str, Any] = {"run": run.id, "folder": str(run.folder.resolve()), "status": state.status}
+    found |= {"stage": state.stage, "seconds": round(state.seconds, 2), "variants": run.evaluation()}
+    return found | ({"error": state.error} if state.error else {})
 
 
 def write(run: Run) -> None:
@@ -71,13 +80,14 @@ def render(run: Run) -> str:
     results, recipe = run.evaluation(), run.recipe()
     labels = [VARIANT_LABELS[v] for v in results]
     table = _table(["", *labels], [[label, *cells.values()] for label, cells in figure_rows(results)])
+    setting = list((environment.versions() | environment.machine()).items())
     sections = [
         f"<h1>PruneDM report: {html.escape(run.id)}</h1><p>{html.escape(headline(results))}</p>",
-        f"<h2>Figures</h2>{table}",
+        f"<h2>Figures</h2>{table}{_pruned(run)}",
         f"<h2>Samples from the same seeds</h2>{_grid(run)}",
         _sparsity(run, results),
         f"<h2>Recipe</h2><pre>{html.escape(recipe.to_yaml())}</pre>",
-        f"<h2>Environment</h2>{_table(['', ''], list((environment.versions() | environment.machine()).items()))}",
+        f"<h2>Environment</h2>{_table(['', ''], setting)}",
         "<h2>Again</h2><pre>python -m prunedm run recipe.yaml</pre>",
     ]
     return (
@@ -108,6 +118,17 @@ def _grid(run: Run) -> str:
     return _table(head, rows, raw=True)
 
 
+def _pruned(run: Run) -> str:
+    """Stage 1 in a sentence, with the reason where its target was missed."""
+    found = next((e["report"] for e in reversed(run.events()) if e["kind"] == "pruned"), None)
+    if found is None:
+        return ""
+    text = (
+        f"Stage 1 ({found['method']}) removed {found['reduction']:.1%} of the parameters; target {found['target']:.1%}."
+    )
+    return f"<p>{html.escape(text)} {html.escape(found['reason'])}</p>"
+
+
 def _sparsity(run: Run, results: dict[str, dict[str, Any]]) -> str:
     if "nm" not in results:
         return ""
@@ -125,8 +146,7 @@ def _sparsity(run: Run, results: dict[str, dict[str, Any]]) -> str:
     return (
         f"<h2>N:M layers</h2><p>Pattern {figures['pattern']}, {figures['masked_layers']} layers masked, "
         f"{len(figures['skipped_layers'])} left dense, compliance {figures['compliance']:.1%} "
-        "(read from the saved file).</p>"
-        + _table(["layer", "shape", "compliance", "density", "why dense"], rows)
+        "(read from the saved file).</p>" + _table(["layer", "shape", "compliance", "density", "why dense"], rows)
     )
 
 

@@ -16,20 +16,19 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 import numpy as np
 import psutil
 from filelock import FileLock, Timeout
 
 from . import recipe as recipes
-from .records import ACTIVE, VARIANTS, RunState, Status, Step
+from .records import ACTIVE, STAGES, VARIANTS, RunState, Status, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,11 +46,15 @@ class StoreError(ValueError):
 def write_atomic(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, replace: a reader sees the old file or the new, never a part."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)  # on a full disk its space is the first to be needed
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -127,12 +130,16 @@ class Run:
         """The recorded state, with a dead owner's run shown as *interrupted*."""
         raw = read_json(self.folder / "state.json")
         known = {field.name for field in dataclasses.fields(RunState)}
-        if not isinstance(raw, dict) or raw.get("schema", 0) > SCHEMA or not set(raw) <= known:
+        schema = raw.get("schema") if isinstance(raw, dict) else None
+        if not isinstance(schema, int) or schema > SCHEMA or not set(raw) <= known:
             raise StoreError(f"{self.folder}/state.json is of another version; update prunedm to read it")
         state = RunState(**raw)
+        numbers = (state.created, state.seconds, state.heartbeat, state.step, state.of, state.pid_started or 0)
+        if state.status not in get_args(Status) or not all(isinstance(n, int | float) for n in numbers):
+            raise StoreError(f"{self.folder}/state.json is damaged; restore or delete the run")
         if state.status in ACTIVE and not _owner_lives(state):
             state.status = "interrupted"
-        elif state.status == "running" and self.stop_requested():
+        elif state.status in ACTIVE and self.stop_requested():
             state.status = "stopping"
         return state
 
@@ -145,6 +152,12 @@ class Run:
         state.status, state.pid = status, os.getpid()
         state.pid_started = psutil.Process().create_time()
         state.host, state.error = socket.gethostname(), None
+        self.write_state(state)
+
+    def end(self, state: RunState, status: Status, error: str | None) -> None:
+        """Record how the work on the run ended."""
+        state.status, state.error, state.ended, state.eta = status, error, time.time(), None
+        self.clear_stop()
         self.write_state(state)
 
     @contextmanager
@@ -173,10 +186,12 @@ class Run:
     # --- growing files -----------------------------------------------------------------------
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
         """Append lines to ``metrics.jsonl`` or ``events.jsonl`` in one write."""
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        if text:
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(text)
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        if content:
+            with (self.folder / name).open("ab+") as file:
+                if file.tell() and not _ends_a_line(file):
+                    content = b"\n" + content  # a crash tore the last line: let it be the only victim
+                file.write(content)
 
     def event(self, kind: str, **values: Any) -> None:
         self.append("events.jsonl", [{"time": round(time.time(), 3), "kind": kind, **values}])
@@ -226,7 +241,12 @@ class Run:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return tensors, json.loads(file.metadata()["record"])
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise StoreError(f"{path} cannot be read ({error}); delete it to redo the stage") from error
+            raise StoreError(
+                f"{path} cannot be read ({error}); delete the file and resume: its stage is done again"
+            ) from error
+
+    def has_checkpoint(self, name: str) -> bool:
+        return (self.folder / "checkpoints" / f"{name}.safetensors").exists()
 
     def drop_checkpoint(self, name: str) -> None:
         (self.folder / "checkpoints" / f"{name}.safetensors").unlink(missing_ok=True)
@@ -242,8 +262,10 @@ class Run:
         return sorted((self.folder / "masks").glob("*.npz"), key=stage_step)
 
     def samples(self) -> list[Path]:
-        """Sample grids in the order they were drawn."""
-        return sorted((self.folder / "samples").glob("*.png"), key=lambda p: p.stat().st_mtime_ns)
+        """Sample grids in the order of the stages and their steps."""
+        order = {stage: i for i, stage in enumerate(("dense", *STAGES))}
+        pictures = [p for p in (self.folder / "samples").glob("*.png") if stage_step(p)[0] in order]
+        return sorted(pictures, key=lambda p: (order[stage_step(p)[0]], stage_step(p)[1]))
 
     # --- results -----------------------------------------------------------------------------
     def evaluation(self) -> dict[str, dict[str, Any]]:
@@ -268,6 +290,11 @@ class Run:
         return folder
 
 
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
 def stage_step(path: Path) -> tuple[str, int]:
     """``mask-0000300.npz`` to ``("mask", 300)``."""
     stage, _, step = path.stem.rpartition("-")
@@ -284,8 +311,9 @@ def create(runs_dir: Path, recipe: recipes.Recipe) -> Run:
             run.folder.mkdir()
         except FileExistsError:
             continue
-        write_atomic(run.folder / "recipe.yaml", recipe.to_yaml().encode())
         run.claim(RunState(created=time.time(), schema=SCHEMA), "queued")
+        # The recipe is written last: it is what makes the folder a run in the eyes of lists.
+        write_atomic(run.folder / "recipe.yaml", recipe.to_yaml().encode())
         return run
     raise StoreError(f"{runs_dir} already holds 999 runs named {stem}; use another --name")
 
@@ -305,7 +333,7 @@ def find(runs_dir: Path, run_id: str) -> Run:
     if not RUN_ID.fullmatch(run_id):
         raise StoreError(f"run id {run_id!r} is not an id; `python -m prunedm ls` lists them")
     folder = runs_dir / run_id
-    if folder.is_symlink() or not (folder / "recipe.yaml").is_file():
+    if folder.is_symlink() or not os.path.isfile(folder / "recipe.yaml"):
         raise StoreError(f"no run {run_id!r} in {runs_dir}; `python -m prunedm ls` lists them")
     return Run(folder)
 
@@ -315,12 +343,7 @@ def all_runs(runs_dir: Path) -> list[Run]:
     if not runs_dir.is_dir():
         return []
     folders = [p for p in runs_dir.iterdir() if RUN_ID.fullmatch(p.name) and not p.is_symlink()]
-    return [Run(p) for p in sorted(folders, reverse=True) if (p / "recipe.yaml").is_file()]
-
-
-def delete(run: Run) -> None:
-    """Remove a run folder for good."""
-    shutil.rmtree(run.folder)
+    return [Run(p) for p in sorted(folders, reverse=True) if os.path.isfile(p / "recipe.yaml")]
 
 
 def _owner_lives(state: RunState) -> bool:
@@ -351,7 +374,7 @@ class MetricsWriter:
 
     def add(self, record: Step) -> None:
         state, now = self.state, time.monotonic()
-        state.step = record.step
+        state.step, state.of = record.step, record.of
         elapsed = now - self.stage_began
         if elapsed > 0 and record.step > self.stage_first:
             state.rate = (record.step - self.stage_first) / elapsed
@@ -363,7 +386,7 @@ class MetricsWriter:
             self.flush()
 
     def flush(self) -> None:
-        self.run.append("metrics.jsonl", self.lines)
-        self.lines = []
-        self.run.write_state(self.state)
         self.written = time.monotonic()
+        self.run.write_state(self.state)
+        lines, self.lines = self.lines, []
+        self.run.append("metrics.jsonl", lines)

@@ -113,9 +113,7 @@ def channel_groups(unet: nn.Module, method: str, m: int, seed: int) -> tuple[Any
         if width % step == 0 and width > step:
             prune_fn = group[0].dep.handler
             touched = _touched(graph, group)
-            groups.append(
-                ChannelGroup(layer, root, prune_fn, width, step, blocks, whole, scores, touched)
-            )
+            groups.append(ChannelGroup(layer, root, prune_fn, width, step, blocks, whole, scores, touched))
     return graph, groups
 
 
@@ -124,9 +122,7 @@ def prune(unet: nn.Module, method: str, target: float, m: int, seed: int) -> Pru
     before, macs_before = parameters(unet), macs(unet)
     graph, groups = channel_groups(unet, method, m, seed)
     widths = choose_widths(groups, before, target)
-    query_sizes = {
-        a: a.to_q.out_features for a in unet.modules() if a.__class__.__name__ == "Attention"
-    }
+    query_sizes = {a: a.to_q.out_features for a in unet.modules() if a.__class__.__name__ == "Attention"}
     for group, width in zip(groups, widths, strict=True):
         if width < group.width:
             graph.get_pruning_group(group.root, group.prune_fn, group.dropped(width)).prune()

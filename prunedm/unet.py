@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bundled
-from .store import VARIANT_RECORD
+from .store import VARIANT_RECORD, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -31,7 +31,6 @@ class Diffusion:
 
     unet: nn.Module
     scheduler: Any
-    source: str
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -50,14 +49,14 @@ def load(source: str) -> Diffusion:
 
     Always float32, evaluation mode. Raises ModelError with value, rule and remedy.
     """
-    folder = bundled.MODEL if source == bundled.NAME else Path(source)
+    folder = bundled.MODEL if source == bundled.NAME else Path(source).expanduser()
     if not folder.exists():
         folder = _download(source)
     if not folder.is_dir():
         raise ModelError(f"model.source={source} is a file; give the diffusers folder that holds it")
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     unet = load_unet(unet_folder)
-    return Diffusion(unet, _load_scheduler(folder), source)
+    return Diffusion(unet, _load_scheduler(folder))
 
 
 def load_unet(folder: Path) -> nn.Module:
@@ -73,10 +72,11 @@ def load_unet(folder: Path) -> nn.Module:
             f"model folder {folder} has no readable config.json ({error.__class__.__name__}); "
             "give a folder written by diffusers' save_pretrained"
         ) from error
-    if config.get("_class_name") != "UNet2DModel":
-        raise ModelError(
-            f"model folder {folder} holds a {config.get('_class_name')}; only UNet2DModel is supported"
-        )
+    kind = config.get("_class_name") if isinstance(config, dict) else "file that is no model config"
+    if kind != "UNet2DModel":
+        raise ModelError(f"model folder {folder} holds a {kind}; only UNet2DModel is supported")
+    if config.get("sample_size") is None:
+        raise ModelError(f"model folder {folder}: config.json has no sample_size; write the image side there")
     if not (folder / WEIGHTS).is_file():
         pickled = any(folder.glob("*.bin"))
         why = "only pickled weights, which are never loaded" if pickled else f"no {WEIGHTS}"
@@ -95,11 +95,12 @@ def load_unet(folder: Path) -> nn.Module:
 
 
 def save(unet: nn.Module, scheduler, folder: Path, record: dict[str, Any]) -> None:
-    """A diffusers pipeline folder (safetensors only) with ``prunedm.json`` beside it."""
+    """A diffusers pipeline folder (safetensors only); ``prunedm.json``, written last, marks it complete."""
     from diffusers import DDPMPipeline
 
+    (folder / VARIANT_RECORD).unlink(missing_ok=True)
     DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
-    (folder / VARIANT_RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_json(folder / VARIANT_RECORD, record)
 
 
 def fit_shapes(unet: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -198,15 +199,12 @@ def _download(source: str) -> Path:
     import re
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise ModelError(
-            f"model.source={source} is not there; give 'bundled', a diffusers folder or owner/name"
-        )
+        raise ModelError(f"model.source={source} is not there; give 'bundled', a diffusers folder or owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "unet/*", WEIGHTS]
-        return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*.bin"]))
+        return Path(snapshot_download(source, allow_patterns=["*.json", f"*{WEIGHTS}"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model.source={source} is no folder here and the hub did not give it "
@@ -217,13 +215,14 @@ def _download(source: str) -> Path:
 def _load_scheduler(folder: Path):
     from diffusers import DDPMScheduler
 
-    path = next(
-        (p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None
-    )
+    path = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
     if path is None:
         return DDPMScheduler()
-    config = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8"))
-    return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    try:
+        config = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8"))
+        return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}/scheduler_config.json cannot be read ({_line(error)})") from error
 
 
 def _line(error: BaseException) -> str:

@@ -112,7 +112,7 @@ def test_monitor_offers_what_the_state_allows(runs):
     assert [b.label for b in open_page("monitor").button] == ["Resume"]
     shutil.rmtree(runs)
     STATES["running"](runs)
-    assert [b.label for b in open_page("monitor").button] == ["Stop"]
+    assert [b.label for b in open_page("monitor").button] == ["Stop this run"]
 
 
 def test_a_failure_is_told_in_plain_words_with_the_traceback_folded(runs):
@@ -178,7 +178,7 @@ def test_the_printed_command_is_the_same_recipe():
     from app import forms
 
     recipe = recipes.resolve(preset_name="quality", assignments=["mask.train_weights=true", "mask.lr=1e-2", "seed=3"])
-    words = shlex.split(forms.command_line(recipe))
+    words = shlex.split(forms.command_line(recipe, Path("runs")))
     name = words[words.index("--name") + 1]
     assignments = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     assert recipes.resolve(assignments=assignments, name=name) == recipe

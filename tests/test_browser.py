@@ -34,14 +34,20 @@ def test_the_demo_from_the_button_to_the_comparison(tmp_path):
         assert run.state().status == "done", run.log_path.read_text()
         page.get_by_text(re.compile(r"Done in")).wait_for(timeout=15_000)
         page.get_by_role("tab", name="Masks").click()
-        page.locator("[aria-label*='differ from the initial mask'] .heatmaplayer image").first.wait_for(state="attached", timeout=15_000)
+        page.locator("[aria-label*='differ from the initial mask'] .heatmaplayer image").first.wait_for(
+            state="attached", timeout=15_000
+        )
         page.get_by_role("tab", name="Compliance").click()
-        page.locator("[aria-label*='Compliance, density'] .heatmaplayer image").first.wait_for(state="attached", timeout=15_000)
+        page.locator("[aria-label*='Compliance, density'] .heatmaplayer image").first.wait_for(
+            state="attached", timeout=15_000
+        )
         page.get_by_role("tab", name="Samples").click()
         page.get_by_alt_text(re.compile("16 samples at")).wait_for(timeout=15_000)
         page.get_by_test_id("stMain").get_by_role("link", name="Compare").click()
         finds_the_comparison(page)
-        outside = [u for u in page.requested if not u.startswith(("data:", "blob:")) and urlparse(u).hostname != "127.0.0.1"]
+        outside = [
+            u for u in page.requested if not u.startswith(("data:", "blob:")) and urlparse(u).hostname != "127.0.0.1"
+        ]
         assert outside == [], "no request leaves the machine"
         assert page.errors == []
 

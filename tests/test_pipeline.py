@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunedm import learn, pattern, pipeline, store
+from prunedm import learn, pattern, pipeline, report, store
 from prunedm import unet as unets
 
 
@@ -56,7 +56,7 @@ def test_the_run_folder_holds_everything(done):
 
 
 def test_the_summary_has_the_documented_shape(done):
-    found = json.loads(json.dumps(pipeline.summary(done)))
+    found = json.loads(json.dumps(report.summary(done)))
     assert set(found) >= {"run", "folder", "seconds", "variants"}
     common = {
         "parameters", "nonzero_parameters", "macs", "bytes", "validation_loss", "fid", "fid_extractor", "fid_images",
@@ -111,9 +111,7 @@ def test_another_seed_gives_another_result(done, tmp_path, micro):
 )
 def test_stopping_and_resuming_gives_the_uninterrupted_result(done, tmp_path, micro, stage, step):
     seen = []
-    run = execute(
-        tmp_path, micro(), on_step=seen.append, stop=lambda: (seen[-1].stage, seen[-1].step) == (stage, step)
-    )
+    run = execute(tmp_path, micro(), on_step=seen.append, stop=lambda: (seen[-1].stage, seen[-1].step) == (stage, step))
     assert run.state().status == "stopped"
     pipeline.resumable(run)
     assert pipeline.execute(store.Run(run.folder)) == "done"

@@ -1,6 +1,6 @@
 """Draws ``assets/logo.png``: a 4x4 grid with two of four cells kept in each row.
 
-    .venv/bin/python assets/build/draw_logo.py
+.venv/bin/python assets/build/draw_logo.py
 """
 
 from pathlib import Path

@@ -2,9 +2,9 @@
 
     .venv/bin/python assets/build/train_dense.py --start DIR --steps 8000
 
-``--start`` is a diffusers folder (default: the bundled model itself; ``scratch`` builds the same
-architecture with random weights). Checkpoints go to ``.build/dense`` and an interrupted training
-goes on from the last one. The weights are stored as float16: half the bytes, same samples.
+``--start`` is a diffusers folder, or ``scratch`` for the same architecture with random weights.
+Checkpoints go to ``.build/dense`` and an interrupted training goes on from the last one. The weights are
+stored as float16: half the bytes, same samples.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def rate(step: int, steps: int) -> float:
     return PEAK_RATE * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
 
 
-def save_checkpoint(step: int, unet, ema: EMAModel, optimizer) -> None:
+def save_checkpoint(step: int, unet, ema: EMAModel, optimizer, plan: dict[str, str]) -> None:
     tensors = {f"weight.{i}": p.detach() for i, p in enumerate(unet.parameters())}
     tensors |= {f"ema.{i}": p for i, p in enumerate(ema.shadow_params)}
     for i, p in enumerate(unet.parameters()):
         for key, value in optimizer.state[p].items():
             tensors[f"adam.{i}.{key}"] = value
     temporary = WORK / "checkpoint.part"
-    save_file(tensors, temporary, metadata={"step": str(step), "ema_step": str(ema.optimization_step)})
+    save_file(tensors, temporary, metadata={"step": str(step), "ema_step": str(ema.optimization_step), **plan})
     temporary.replace(WORK / "checkpoint.safetensors")
 
 
-def load_checkpoint(unet, ema: EMAModel, optimizer) -> int:
+def load_checkpoint(unet, ema: EMAModel, optimizer, plan: dict[str, str]) -> int:
     from safetensors import safe_open
 
     path = WORK / "checkpoint.safetensors"
@@ -69,6 +69,8 @@ def load_checkpoint(unet, ema: EMAModel, optimizer) -> int:
         return 0
     with safe_open(path, "pt") as file:
         meta = file.metadata()
+    if {key: meta.get(key) for key in plan} != plan:
+        raise SystemExit(f"{path} belongs to another training; delete it to start {plan}")
     tensors = load_file(path)
     with torch.no_grad():
         for i, p in enumerate(unet.parameters()):
@@ -87,8 +89,13 @@ def ema_copy(unet, ema: EMAModel) -> UNet2DModel:
     return copy
 
 
+def validate(unet: UNet2DModel, held_out: list[diffusion.NoisedBatch]) -> float:
+    return diffusion.validation_loss(lambda x, t: unet(x, t).sample, held_out)
+
+
 def train(start: str, steps: int) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(SEED)  # the random weights of --start scratch
     unet = architecture() if start == "scratch" else UNet2DModel.from_pretrained(
         start, subfolder="unet", use_safetensors=True, torch_dtype=torch.float32
     )  # fmt: skip
@@ -98,11 +105,10 @@ def train(start: str, steps: int) -> None:
     ema = EMAModel(unet.parameters(), decay=EMA, foreach=True)
     images = data.load_bundled()
     batches = data.Batches(images.train, BATCH, SEED)
-    held_out = diffusion.validation_batches(
-        scheduler, data.to_float(images.held_out), 1000, 250, SEED
-    )
+    held_out = diffusion.validation_batches(scheduler, data.to_float(images.held_out), 1000, 250, SEED)
     log = WORK / "log.jsonl"
-    started, first = time.time(), load_checkpoint(unet, ema, optimizer)
+    plan = {"start": start, "steps": str(steps)}
+    started, first = time.time(), load_checkpoint(unet, ema, optimizer, plan)
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps)
@@ -116,14 +122,11 @@ def train(start: str, steps: int) -> None:
         ema.step(unet.parameters())
         done = step + 1
         if done % EVERY == 0 or done == steps:
-            save_checkpoint(done, unet, ema, optimizer)
-            copy = ema_copy(unet, ema)
+            save_checkpoint(done, unet, ema, optimizer, plan)
             record = {
                 "step": done,
                 "train_loss": round(value.item(), 5),
-                "validation_loss": diffusion.validation_loss(
-                    lambda x, t: copy(x, t).sample, held_out
-                ),
+                "validation_loss": validate(ema_copy(unet, ema), held_out),
                 "seconds": round(time.time() - started),
             }
             with log.open("a") as file:
@@ -139,7 +142,7 @@ def export(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path = ASSET) ->
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--start", default=str(ASSET), help="diffusers folder, or 'scratch'")
+    parser.add_argument("--start", required=True, help="diffusers folder, or 'scratch'")
     parser.add_argument("--steps", type=int, default=8000)
     arguments = parser.parse_args()
     train(arguments.start, arguments.steps)

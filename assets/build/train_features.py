@@ -35,9 +35,7 @@ def augment(images: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
 @torch.no_grad()
 def accuracy(network: metrics.FeatureNetwork, images: torch.Tensor, labels: torch.Tensor) -> float:
     network.eval()
-    hits = [
-        (network(x).argmax(1) == y).float().sum() for x, y in zip(images.split(500), labels.split(500))
-    ]
+    hits = [(network(x).argmax(1) == y).float().sum() for x, y in zip(images.split(500), labels.split(500))]
     return (torch.stack(hits).sum() / len(images)).item()
 
 
