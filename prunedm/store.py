@@ -28,7 +28,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from . import recipe as recipes
-from .records import ACTIVE, STAGES, VARIANTS, RunState, Status, Step
+from .records import ACTIVE, STAGES, VARIANTS, LayerReport, RunState, Status, Step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -271,7 +271,11 @@ class Run:
     def evaluation(self) -> dict[str, dict[str, Any]]:
         """Variant name to its figures; empty before the first one."""
         path = self.folder / "evaluation.json"
-        return read_json(path) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
+        needed = {"parameters", "nonzero_parameters", "macs", "bytes"}
+        if not isinstance(found, dict) or not set(found) <= set(VARIANTS) or not _all_have(found.values(), needed):
+            raise StoreError(f"{path} is damaged; delete it and resume the run to evaluate again")
+        return found
 
     def write_evaluation(self, value: dict[str, dict[str, Any]]) -> None:
         write_json(self.folder / "evaluation.json", value)
@@ -279,7 +283,10 @@ class Run:
     def layers(self) -> list[dict[str, Any]]:
         """The layer report of stage 2; empty before it."""
         path = self.folder / "layers.json"
-        return read_json(path) if path.exists() else []
+        found = read_json(path) if path.exists() else []
+        if not isinstance(found, list) or not _all_have(found, {f.name for f in dataclasses.fields(LayerReport)}):
+            raise StoreError(f"{path} is damaged; restore it or run the recipe again")
+        return found
 
     def write_layers(self, value: list[dict[str, Any]]) -> None:
         write_json(self.folder / "layers.json", value)
@@ -288,6 +295,10 @@ class Run:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         return folder
+
+
+def _all_have(records: Iterable[Any], names: set[str]) -> bool:
+    return all(isinstance(record, dict) and names <= set(record) for record in records)
 
 
 def _ends_a_line(file: BinaryIO) -> bool:

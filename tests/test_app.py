@@ -1,14 +1,18 @@
 """Each page through Streamlit's AppTest: empty, done, running, failed, interrupted, unreadable."""
 
+import re
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from app import lab
-from prunedm import pipeline, store
+from prunedm import learn, pipeline, store
 from prunedm import recipe as recipes
+from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,8 +28,11 @@ def done_run(tmp_path_factory, micro):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
+    """An empty runs folder and a Jobs of its own, without the background import (all is imported here)."""
     monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
-    return tmp_path
+    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
+    yield tmp_path
+    lab._jobs.clear()
 
 
 @pytest.fixture
@@ -143,11 +150,11 @@ def test_deep_links_choose_the_run(with_done, runs):
     assert app.selectbox[0].value == with_done.id
 
 
-def test_markup_in_a_query_is_shown_as_text(with_done):
+def test_a_query_is_never_rendered_as_markup(with_done):
     app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
-    app.query_params["run"] = "<script>alert(1)</script>"
+    app.query_params["run"] = "![x](http://example.invalid/p.png)"
     app.switch_page("../pages/monitor.py").run()
-    assert not app.exception and app.selectbox[0].value == with_done.id
+    assert app.warning and not re.search(r"(?<!\\)[!\[<]", app.warning[0].value)
 
 
 def test_the_form_holds_each_field_of_the_recipe_and_gives_it_back(runs):
@@ -198,8 +205,7 @@ def test_presets_fill_the_form(runs):
 
 
 def test_start_queues_a_run_that_ends_done_and_stop_takes_one_out_of_the_queue(runs, micro):
-    lab._jobs.clear()
-    jobs = lab._jobs(runs)
+    jobs = lab.jobs()
     first, second = jobs.submit(micro(name="first")), jobs.submit(micro(name="second"))
     jobs.stop(second)
     assert second.state().status == "stopped" and jobs.position(second.id) is None
@@ -208,20 +214,98 @@ def test_start_queues_a_run_that_ends_done_and_stop_takes_one_out_of_the_queue(r
     wait(second, "done")
     with pytest.raises(store.StoreError, match="cannot be resumed"):
         jobs.resume(second)
-    lab._jobs.clear()
 
 
-def test_a_running_job_stops_and_resumes_through_the_lab(runs, micro):
-    lab._jobs.clear()
-    jobs = lab._jobs(runs)
-    run = jobs.submit(micro(mask={"steps": 60, "train_weights": True}))
-    wait_for(lambda: any(r["stage"] == "mask" for r in run.metrics()))
+def test_a_running_job_stops_and_resumes_through_the_lab(runs, micro, monkeypatch):
+    """The mask stage waits at its third step until the stop has been asked for, as a slow one would."""
+    jobs, step, asked = lab.jobs(), learn.GumbelMasks.step, threading.Event()
+
+    def slow(self, task, batch, number, weights):
+        if number == 3:
+            assert asked.wait(60)
+        return step(self, task, batch, number, weights)
+
+    monkeypatch.setattr(learn.GumbelMasks, "step", slow)
+    run = jobs.submit(micro())
+    wait_for(lambda: run.state().stage == "mask")
     jobs.stop(run)
+    assert run.state().status == "stopping"
+    asked.set()
     wait(run, "stopped")
+    assert run.state().stage == "mask"
     jobs.resume(run)
     wait(run, "done")
-    assert [r["step"] for r in run.metrics() if r["stage"] == "mask"] == list(range(1, 61))
-    lab._jobs.clear()
+    assert [r["step"] for r in run.metrics() if r["stage"] == "mask"] == list(range(1, 7))
+
+
+def test_the_queue_goes_on_after_a_run_that_cannot_even_start(runs, micro):
+    jobs = lab.jobs()
+    bad = store.create(runs, micro(name="bad"))
+    (bad.folder / "recipe.yaml").write_text("mask: {n: 9}")
+    jobs._put(bad)
+    good = jobs.submit(micro(name="good"))
+    wait(good, "done")
+    state = bad.state()
+    assert state.status == "failed" and "must be less than m" in state.error
+
+
+def test_a_job_that_dies_of_a_full_disk_is_failed_and_resumes(runs, micro, monkeypatch):
+    append = store.Run.append
+
+    def full(self, name, records):
+        raise OSError(28, "No space left on device")
+
+    jobs = lab.jobs()
+    monkeypatch.setattr(store.Run, "append", full)
+    run = jobs.submit(micro())
+    wait(run, "failed")
+    assert "disk is full" in run.state().error
+    monkeypatch.setattr(store.Run, "append", append)
+    jobs.resume(run)
+    wait(run, "done")
+
+
+def test_the_run_picker_can_be_used_twice(with_done, runs):
+    interrupted(runs)
+    STATES["stopped"](runs)
+    app = open_page("monitor")
+    ids = app.selectbox(key="run_pick").options
+    for index in (1, 2, 0, 1):
+        app.selectbox(key="run_pick").select_index(index).run()
+        assert not app.exception
+        chosen = app.selectbox(key="run_pick").value
+        assert ids[index].startswith(chosen) and chosen in app.query_params["run"]
+
+
+def test_compare_takes_several_runs_once_each_and_says_how_they_differ(with_done, runs, done_run):
+    for suffix, n in (("b", 1), ("c", 2)):
+        copy = store.Run(shutil.copytree(done_run.folder, runs / f"{done_run.id}-{suffix}"))
+        recipe = recipes.merge(copy.recipe().model_dump(), {"mask": {"n": n}, "name": suffix})
+        (copy.folder / "recipe.yaml").write_text(recipes.build(recipe).to_yaml())
+    app = open_page("compare")
+    for run_id in (f"{done_run.id}-b", done_run.id):
+        app.multiselect(key="compare_pick").select(run_id).run()
+        assert not app.exception and not app.error
+    assert len(app.multiselect(key="compare_pick").value) == 3
+    assert "Recipe differences" in said(app)
+    columns = [m.value for m in app.markdown if m.value.startswith("**") and "dense" in m.value]
+    assert len(columns) == 1, "the dense model that the runs share stands there once"
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "layers.json", "recipe.yaml", "state.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [b"", b"\x00\xff", b"[1]", b'{"schema": "x"}', b'{"a": {"b": 1}}'])
+def test_a_damaged_file_breaks_no_page(with_done, runs, name, content):
+    (with_done.folder / name).write_bytes(content)
+    for page in ("home", "monitor", "compare"):
+        open_page(page)
+
+
+@pytest.mark.parametrize("kind", ["masks", "samples"])
+def test_damaged_pictures_break_no_page(with_done, kind):
+    for path in (with_done.folder / kind).iterdir():
+        path.write_bytes(b"torn")
+    app = open_page("monitor")
+    assert app.error, "it is said"
 
 
 def wait(run, status):
@@ -229,8 +313,6 @@ def wait(run, status):
 
 
 def wait_for(condition, seconds=120):
-    import time
-
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

@@ -84,16 +84,17 @@ def test_a_damaged_state_is_said_and_not_guessed(run, content):
 
 
 def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
-    path = run.folder / "evaluation.json"
-    run.write_evaluation({"dense": {"parameters": 1}})
+    figures = {"parameters": 1, "nonzero_parameters": 1, "macs": 1, "bytes": 1}
+    run.write_evaluation({"dense": figures})
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        run.write_evaluation({"dense": {"parameters": 2}})
-    assert json.loads(path.read_text()) == {"dense": {"parameters": 1}}
+        run.write_evaluation({"dense": figures | {"parameters": 2}})
+    assert run.evaluation() == {"dense": figures}
+    assert not list(run.folder.glob(".*.part")), "the part is gone: its space is needed"
 
 
 def test_a_torn_last_line_is_ignored_and_then_cut_off(run):
