@@ -24,8 +24,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/.dev
+bench: .venv/.dev browser
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/app.py
 
 screenshots: .venv/.dev browser
 	$(BIN)/python assets/build/screenshots.py

@@ -126,9 +126,9 @@ def metrics(run: Run) -> list[dict[str, Any]]:
 @st.cache_data(show_spinner="Pruning a copy in memory to predict the sizes…", max_entries=64)
 def preview(recipe_json: str, folder: str) -> dict[str, Any]:
     """What a recipe would prune and mask (JSON, so that the cache sees its content)."""
-    from prunedm import pipeline
+    from prunedm import inputs
 
-    return pipeline.preview(Recipe.model_validate_json(recipe_json), Path(folder))
+    return inputs.preview(Recipe.model_validate_json(recipe_json), Path(folder))
 
 
 def start(recipe: Recipe) -> None:

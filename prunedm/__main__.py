@@ -48,13 +48,13 @@ def run_command(
     from . import recipe as recipes
 
     recipe = recipes.resolve(recipe_file, preset, assignments, name)
-    from . import pipeline, store
+    from . import inputs, store
 
-    pipeline.load_inputs(recipe, runs_dir)
+    inputs.load_inputs(recipe, runs_dir)
     if dry_run:
-        _print_preview(recipe, pipeline.preview(recipe, runs_dir), as_json)
+        _print_preview(recipe, inputs.preview(recipe, runs_dir), as_json)
         return
-    _work(store.create(runs_dir, pipeline.absolute(recipe, runs_dir)), as_json)
+    _work(store.create(runs_dir, inputs.absolute(recipe, runs_dir)), as_json)
 
 
 @app.command()

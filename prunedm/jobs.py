@@ -56,10 +56,10 @@ class Jobs:
 
     def submit(self, recipe: Recipe) -> Run:
         """Queue a new run. ValueError in one line when the recipe cannot run here."""
-        from . import pipeline
+        from . import inputs
 
-        pipeline.load_inputs(recipe, self.runs_dir)
-        run = store.create(self.runs_dir, pipeline.absolute(recipe, self.runs_dir))
+        inputs.load_inputs(recipe, self.runs_dir)
+        run = store.create(self.runs_dir, inputs.absolute(recipe, self.runs_dir))
         self._put(run)
         return run
 

@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "recipe", "seeds", "records", "bundled", "store", "snapshots", "pictures", "pattern",
+    "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots", "pictures", "pattern",
     "unet", "data", "diffusion", "masks", "structured", "learn", "metrics", "latency",
-    "environment", "evaluate", "report", "pipeline", "jobs", "__main__",
+    "environment", "evaluate", "report", "inputs", "stages", "pipeline", "jobs", "__main__",
 ]  # fmt: skip
 
 

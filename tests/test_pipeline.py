@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunedm import learn, pattern, pipeline, report, store
+from prunedm import inputs, learn, pattern, pipeline, report, stages, store
 from prunedm import unet as unets
+from prunedm.records import STAGES
 
 
 def execute(tmp_path, recipe, **kwargs):
@@ -44,7 +45,7 @@ def done(tmp_path_factory, micro):
 
 def test_the_run_folder_holds_everything(done):
     state = done.state()
-    assert state.status == "done" and state.stages_done == list(pipeline.STAGES)
+    assert state.status == "done" and state.stages_done == list(STAGES)
     assert done.variants() == ["dense", "structured", "nm"]
     stages = [r["stage"] for r in done.metrics()]
     assert stages == ["finetune"] * 6 + ["mask"] * 6 + ["recover"] * 6
@@ -123,7 +124,7 @@ def test_a_crash_between_checkpoints_loses_and_doubles_nothing(tmp_path, micro, 
     """Checkpoint after every step, crash a step later: the line beyond the checkpoint must go."""
     recipe = micro(mask={"train_weights": True} | mask)
     whole = execute(tmp_path / "a", recipe)
-    monkeypatch.setattr(pipeline, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(stages, "CHECKPOINT_SECONDS", 0)
     run = store.create(tmp_path / "b", recipe)
 
     def crash(step):
@@ -161,13 +162,13 @@ def test_every_way_through_the_recipe(tmp_path, micro, changes, variants):
 
 def test_an_earlier_run_can_be_the_model_of_the_next(done, micro):
     runs_dir = done.folder.parent
-    assert pipeline.resolve_source(done.id, runs_dir) == str(done.variant("nm"))
+    assert inputs.resolve_source(done.id, runs_dir) == str(done.variant("nm"))
     source = f"{done.id}/structured"
     run = execute(runs_dir, micro(model={"source": source}, prune={"target": 0}))
     dense, parent = weights(run, "dense"), weights(done, "structured")
     assert all(torch.equal(dense[name], parent[name]) for name in parent)
-    with pytest.raises(pipeline.InputError, match="name one of them"):
-        pipeline.resolve_source(f"{done.id}/none", runs_dir)
+    with pytest.raises(inputs.InputError, match="name one of them"):
+        inputs.resolve_source(f"{done.id}/none", runs_dir)
 
 
 def test_a_diverging_run_fails_in_plain_words_and_keeps_its_folder(tmp_path, micro, monkeypatch):
@@ -198,12 +199,12 @@ def test_a_full_disk_is_said_and_resumes(done, tmp_path, micro, monkeypatch):
 
 
 def test_only_unfinished_runs_resume(done):
-    with pytest.raises(pipeline.InputError, match="is done"):
+    with pytest.raises(inputs.InputError, match="is done"):
         pipeline.resumable(done)
 
 
 def test_preview_predicts_what_the_run_does(done, micro, tmp_path):
-    found = pipeline.preview(micro(), tmp_path)
+    found = inputs.preview(micro(), tmp_path)
     results = done.evaluation()
     assert found["parameters"]["dense"] == results["dense"]["parameters"]
     assert found["parameters"]["structured"] == results["structured"]["parameters"]

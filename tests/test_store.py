@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from prunedm import store
+from prunedm.progress import MetricsWriter
 from prunedm.recipe import Recipe
 from prunedm.records import Step
-from prunedm.store import MetricsWriter, StoreError
+from prunedm.store import StoreError
 
 
 @pytest.fixture
