@@ -85,14 +85,11 @@ def rate(tab_open: bool) -> float:
 def main() -> None:
     print(f"first page: {first_page():.2f} s")
     for page, seconds in reruns().items():
-        p95 = sorted(seconds)[int(0.95 * (len(seconds) - 1))]
-        print(
-            f"rerun of {page} beside a training job: median {statistics.median(seconds) * 1000:.0f} ms, p95 {p95 * 1000:.0f} ms"
-        )
+        median, p95 = statistics.median(seconds) * 1000, sorted(seconds)[int(0.95 * (len(seconds) - 1))] * 1000
+        print(f"rerun of {page} beside a training job: median {median:.0f} ms, p95 {p95:.0f} ms")
     closed, opened = rate(False), rate(True)
-    print(
-        f"training rate with Monitor open / tab closed: {opened / closed:.2f} ({opened:.2f} / {closed:.2f} steps a second)"
-    )
+    rates = f"{opened:.2f} / {closed:.2f} steps a second"
+    print(f"training rate with Monitor open / tab closed: {opened / closed:.2f} ({rates})")
 
 
 if __name__ == "__main__":
