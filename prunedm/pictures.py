@@ -35,6 +35,8 @@ def sheet_png(images: Tensor, info: dict[str, Any], columns: int = COLUMNS) -> b
 def read_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
     """The images of a sheet and its record."""
     with Image.open(path) as sheet:
+        if "prunedm" not in getattr(sheet, "text", {}):
+            raise ValueError(f"{path} is no sample sheet of this program")
         info = json.loads(sheet.text["prunedm"])
         height, width, columns = info["height"], info["width"], info["columns"]
         places = (divmod(i, columns) for i in range(info["count"]))

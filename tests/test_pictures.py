@@ -1,0 +1,75 @@
+"""Sheets, snapshots and reports: what is written is what is read."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from prunedm import pictures, report, snapshots, store
+from prunedm.recipe import Recipe
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("count", [1, 8, 11])
+def test_a_sheet_gives_back_each_image_and_its_record(tmp_path, channels, count):
+    images = torch.randint(0, 256, (count, channels, 5, 7), dtype=torch.uint8)
+    (tmp_path / "s.png").write_bytes(pictures.sheet_png(images, {"seed": 3}))
+    found, info = pictures.read_sheet(tmp_path / "s.png")
+    assert len(found) == count and info["seed"] == 3
+    for image, original in zip(found, images):
+        array = np.asarray(image)
+        assert np.array_equal(array if channels == 3 else array[..., None], original.permute(1, 2, 0).numpy())
+
+
+def test_a_picture_that_is_no_sheet_is_refused(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "other.png")
+    with pytest.raises(ValueError, match="is no sample sheet"):
+        pictures.read_sheet(tmp_path / "other.png")
+
+
+def test_snapshots_round_trip(tmp_path):
+    mask = (np.random.default_rng(0).random((37, 4)) < 0.5).astype(np.uint8)
+    snapshots.write(tmp_path / "m.npz", mask)
+    assert np.array_equal(snapshots.read(tmp_path / "m.npz"), mask)
+
+
+def test_a_layers_mask_has_the_weights_axes():
+    layer = {"start": 2, "groups": 3 * 2 * 4 * 1, "shape": [3, 4, 2, 2]}
+    weight = torch.arange(48).reshape(3, 4, 2, 2)
+    from prunedm import pattern
+
+    rows = torch.cat([torch.zeros(2, 4, dtype=torch.long), pattern.group(weight, 4)]).numpy()
+    layer["groups"] = 12
+    found = snapshots.layer_mask(rows, layer)
+    assert np.array_equal(found, weight.permute(0, 2, 3, 1).reshape(3, 4, 4).numpy())
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_shrinking_keeps_the_mean_of_equal_blocks(rows, columns):
+    values = np.full((rows, columns), 0.25)
+    small = snapshots.shrink(values)
+    assert max(small.shape) <= snapshots.LARGEST and np.allclose(small, 0.25)
+
+
+def test_the_report_is_self_contained_and_escapes_what_it_is_told(tmp_path):
+    run = store.create(tmp_path, Recipe())
+    run.write_evaluation({"dense": {"parameters": 10, "nonzero_parameters": 10, "macs": 5, "bytes": 40}})
+    run.event(
+        "pruned", report={"method": "<b>", "reduction": 0.1, "target": 0.4, "reason": "<script>alert(1)</script>"}
+    )
+    page = report.render(run)
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.search(r"(src|href)=['\"]?https?:", page)
+    assert "n/a" in page, "absent figures are shown as absent"
+
+
+def test_differences_from_dense_stand_beside_the_figures():
+    base = {"parameters": 100, "nonzero_parameters": 100, "macs": 10, "bytes": 400, "latency_ms": 4.0}
+    results = {"dense": base, "structured": base | {"parameters": 60, "latency_ms": 5.0}}
+    rows = dict(report.figure_rows(results))
+    assert rows["Parameters"] == {"dense": "100", "structured": "60 (-40.0%)"}
+    assert [r["structured"] for label, r in rows.items() if label.startswith("Latency")] == ["5.0 (+25.0%)"]
