@@ -86,6 +86,8 @@ def evolution_heatmap(steps: list[int], layers: list[str], flips: np.ndarray, vi
         "x": [str(s) for s in steps],
         "y": [short(layer) for layer in layers],
         "colorscale": "Viridis",
+        "zmin": 0,
+        "zmax": max(0.01, float(flips.max())),
         "colorbar": {"title": {"text": "flipped"}, "tickformat": ".1%"},
         "hovertemplate": "%{y}<br>step %{x}<br>%{z:.2%} flipped<extra></extra>",
     }

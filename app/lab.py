@@ -12,7 +12,7 @@ from typing import Any
 import streamlit as st
 
 from prunedm import store
-from prunedm.jobs import Jobs
+from prunedm.jobs import Jobs, load_engine
 from prunedm.recipe import Recipe
 from prunedm.records import ACTIVE, RunState
 from prunedm.store import Run
@@ -126,6 +126,7 @@ def metrics(run: Run) -> list[dict[str, Any]]:
 @st.cache_data(show_spinner="Pruning a copy in memory to predict the sizes…", max_entries=64)
 def preview(recipe_json: str, folder: str) -> dict[str, Any]:
     """What a recipe would prune and mask (JSON, so that the cache sees its content)."""
+    load_engine()
     from prunedm import inputs
 
     return inputs.preview(Recipe.model_validate_json(recipe_json), Path(folder))

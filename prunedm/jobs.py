@@ -7,6 +7,7 @@ The queue lives in memory and the runs in their folders: when a server dies, its
 from __future__ import annotations
 
 import gc
+import importlib
 import queue
 import sys
 import threading
@@ -19,7 +20,18 @@ from .records import RESUMABLE
 from .store import Run
 
 SWITCH_INTERVAL = 0.0005  # seconds
+_ENGINE = threading.Lock()
 WARM_UP_DELAY = 2.0  # seconds: the first page comes first, then torch is imported
+
+
+def load_engine() -> None:
+    """Import torch and all that the stages need, one thread at a time.
+
+    diffusers imports lazily and is half-made meanwhile: a second thread that imports it then gets
+    "cannot import name". Whoever is about to use the engine on a thread calls this first.
+    """
+    with _ENGINE:
+        importlib.import_module("prunedm.pipeline").import_all()
 
 
 class Jobs:
@@ -41,12 +53,9 @@ class Jobs:
         """Import the heavy modules in the background, so that the first job starts at once."""
 
         def load() -> None:
-            from . import pipeline
-
-            pipeline.import_all()
-            # A web server may collect garbage after every page run (Streamlit does, all generations, with
-            # the interpreter locked): over torch's objects that takes 0.3 s and training stands still
-            # meanwhile (measured: 3.8 steps a second became 0.9). Modules never die: take them out of sight.
+            load_engine()
+            # A full collection over torch's objects takes 0.3 s with the interpreter locked (measured):
+            # modules never die, so take them out of its sight.
             gc.collect()
             gc.freeze()
 
@@ -56,6 +65,7 @@ class Jobs:
 
     def submit(self, recipe: Recipe) -> Run:
         """Queue a new run. ValueError in one line when the recipe cannot run here."""
+        load_engine()
         from . import inputs
 
         inputs.load_inputs(recipe, self.runs_dir)
@@ -102,6 +112,7 @@ class Jobs:
             self._execute(run)
 
     def _execute(self, run: Run) -> None:
+        load_engine()
         from . import pipeline
 
         try:
