@@ -137,6 +137,10 @@ def train(start: str, steps: int) -> None:
 
 def export(unet: UNet2DModel, scheduler: DDPMScheduler, folder: Path = ASSET) -> None:
     DDPMPipeline(unet.half(), scheduler).save_pretrained(folder, safe_serialization=True)
+    config = folder / "unet" / "config.json"
+    record = json.loads(config.read_text())
+    record.pop("_name_or_path", None)  # a path of this machine
+    config.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     print(f"written: {folder}")
 
 
