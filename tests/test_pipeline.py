@@ -112,7 +112,12 @@ def test_another_seed_gives_another_result(done, tmp_path, micro):
 )
 def test_stopping_and_resuming_gives_the_uninterrupted_result(done, tmp_path, micro, stage, step):
     seen = []
-    run = execute(tmp_path, micro(), on_step=seen.append, stop=lambda: (seen[-1].stage, seen[-1].step) == (stage, step))
+    run = execute(
+        tmp_path,
+        micro(),
+        on_step=seen.append,
+        stop=lambda: bool(seen) and (seen[-1].stage, seen[-1].step) == (stage, step),
+    )
     assert run.state().status == "stopped"
     pipeline.resumable(run)
     assert pipeline.execute(store.Run(run.folder)) == "done"
