@@ -60,8 +60,8 @@ def install() -> None:
         part.replace(STATIC)
 
 
-@st.cache_resource(show_spinner=False)
 def _component():
+    """Registered in each run, as a script's top level would be: the registry belongs to the server."""
     install()
     return st.components.v2.component(
         "prunedm_live_plot", html="<div class='live-plot'></div>", js=JS, isolate_styles=False
