@@ -1,9 +1,4 @@
-"""A run from end to end: prune, fine-tune, learn masks, recover and bake, evaluate, report.
-
-Each stage reads what the stage before left in the run folder and leaves its own result there, so a run
-goes on from any of them. Within a training stage the checkpoint holds everything that the next step
-depends on. :func:`execute` owns the run's state; the stages only yield Step records.
-"""
+"""Run or resume: owns a run's state, its lock and the record of how it ended (stages.py does the work)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,6 @@ class _Section(BaseModel):
 
 
 Steps = Annotated[int, Field(ge=0, le=10_000_000)]
-PositiveSteps = Annotated[int, Field(ge=1, le=10_000_000)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 
 

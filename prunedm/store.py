@@ -5,8 +5,8 @@
     runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  log.txt  evaluation.json
                 masks/*.npz  samples/*.png  checkpoints/*.safetensors  variants/<name>/...  report.html
 
-JSON files are replaced atomically; JSONL files only grow, and a torn last line is ignored by readers
-and cut off by the next writer. Nothing here is a pickle.
+JSON files are replaced atomically; JSONL files only grow, and a line that a crash tore is ignored by
+readers, closed off by the next writer and dropped on resume. Nothing here is a pickle.
 """
 
 from __future__ import annotations
