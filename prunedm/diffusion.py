@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .recipe import TIMESTEPS
 from .seeds import generator
 from .unet import image_shape
+
+TIMESTEP_BINS = 10
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,H,W], t [B]) -> prediction [B,C,H,W]
 
@@ -22,12 +25,17 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,H,W], t [B]) -> predi
 class NoisedBatch:
     """One batch at fixed timesteps and noise, so that two networks can be judged on the same task.
 
-    x_t, target: ``[B, C, H, W]``; t: ``[B]`` integer timesteps.
+    x_t, target: ``[B, C, H, W]``; t: ``[B]`` integer timesteps; weight: ``[B]`` factors of each image's
+    loss (None: 1); teacher: the dense model's prediction, to be matched with ``distill`` times the weight
+    of the target.
     """
 
     x_t: Tensor
     t: Tensor
     target: Tensor
+    weight: Tensor | None = None
+    teacher: Tensor | None = None
+    distill: float = 0.0
 
 
 def regression_target(scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -42,26 +50,119 @@ def regression_target(scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor
     raise ValueError(f"prediction_type {kind!r} is not known; use epsilon, v_prediction or sample")
 
 
-def noised(scheduler, x0: Tensor, gen: torch.Generator, stratify: bool = False) -> NoisedBatch:
+class Timesteps:
+    """How training draws timesteps (METHOD.md).
+
+    uniform: p(t) = 1/T. early: p(t) grows linearly with the noise, so that the first steps of sampling
+    train more; late: the reverse. Both change what is minimised, on purpose. importance: p of a timestep
+    bin in proportion to the root mean square of its loss (improved DDPM, arXiv 2102.09672, eq. 18), mixed
+    with a tenth of uniform, and each loss divided by T p(t): the same minimum, a steadier gradient.
+    """
+
+    def __init__(self, kind: str, steps: int) -> None:
+        if kind not in TIMESTEPS:
+            raise ValueError(f"timesteps={kind!r} is not known; use one of {', '.join(TIMESTEPS)}")
+        self.kind, self.steps = kind, steps
+        self.squares, self.seen = torch.zeros(TIMESTEP_BINS), torch.zeros(TIMESTEP_BINS)
+
+    def draw(self, count: int, gen: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """(t ``[B]``, weights ``[B]`` or None for ones)."""
+        if self.kind == "uniform" or (self.kind == "importance" and self.seen.min() < 1):
+            return torch.randint(self.steps, (count,), generator=gen), None
+        p = self.probabilities()
+        t = torch.multinomial(p, count, replacement=True, generator=gen)
+        return t, (1 / (self.steps * p[t])).float() if self.kind == "importance" else None
+
+    def probabilities(self) -> Tensor:
+        """p(t) of each timestep, ``[T]``, float64, sums to 1."""
+        t = torch.arange(self.steps, dtype=torch.float64)
+        if self.kind == "importance":
+            p = self.squares.double().sqrt()[bin_of(t.long(), self.steps)]
+            return 0.9 * p / p.sum() + 0.1 / self.steps
+        p = {"uniform": torch.ones_like(t), "early": t + 1, "late": self.steps - t}[self.kind]
+        return p / p.sum()
+
+    def observe(self, t: Tensor, losses: Tensor) -> None:
+        """Learn the size of each bin's loss from this batch: ``losses [B]`` without weights, on the CPU."""
+        if self.kind != "importance":
+            return
+        bins = bin_of(t, self.steps)
+        for b in bins.unique().tolist():
+            rate = max(0.05, 1 / (1 + self.seen[b].item()))
+            self.squares[b] += rate * (losses[bins == b].square().mean() - self.squares[b])
+            self.seen[b] += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"timesteps.squares": self.squares, "timesteps.seen": self.seen}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.squares, self.seen = tensors["timesteps.squares"], tensors["timesteps.seen"]
+
+
+def bin_of(t: Tensor, steps: int) -> Tensor:
+    """The timestep bin of each t: TIMESTEP_BINS of equal width, the cleanest first."""
+    return t * TIMESTEP_BINS // steps
+
+
+def min_snr_weight(scheduler, t: Tensor, gamma: float) -> Tensor:
+    """min-SNR weights ``[B]`` (arXiv 2303.09556): min(SNR, gamma) over the weight that the prediction
+    type gives each timestep by itself: SNR for epsilon, SNR + 1 for v, 1 for x0."""
+    alphas = scheduler.alphas_cumprod.to(t.device)[t].double()
+    snr = alphas / (1 - alphas).clamp(min=1e-12)
+    natural = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    kind = scheduler.config.prediction_type
+    return (snr.clamp(max=gamma) / natural[kind].clamp(min=1e-12)).float()
+
+
+def noised(
+    scheduler,
+    x0: Tensor,
+    gen: torch.Generator,
+    stratify: bool = False,
+    timesteps: Timesteps | None = None,
+    min_snr: float | None = None,
+) -> NoisedBatch:
     """Draw timesteps and noise on the CPU (the same on every device) and build the batch.
 
     ``stratify`` spreads the timesteps evenly instead of drawing them, for a quieter validation loss.
     """
     steps, count = scheduler.config.num_train_timesteps, len(x0)
+    weight = None
     if stratify:
         t = (torch.arange(count) * steps // count).long()
         t = t[torch.randperm(count, generator=gen)]
+    elif timesteps is not None:
+        t, weight = timesteps.draw(count, gen)
     else:
         t = torch.randint(steps, (count,), generator=gen)
     noise = torch.randn(x0.shape, generator=gen).to(x0)
+    if min_snr is not None:
+        snr = min_snr_weight(scheduler, t, min_snr)
+        weight = snr if weight is None else weight * snr
     t = t.to(x0.device)
-    return NoisedBatch(scheduler.add_noise(x0, noise, t), t, regression_target(scheduler, x0, noise, t))
+    target = regression_target(scheduler, x0, noise, t)
+    return NoisedBatch(scheduler.add_noise(x0, noise, t), t, target, None if weight is None else weight.to(x0.device))
+
+
+def losses(denoiser: Denoiser, batch: NoisedBatch) -> tuple[Tensor, Tensor]:
+    """(what is minimised, noise-prediction error), each ``[B]``.
+
+    The first adds ``distill`` times the distance to the teacher and the batch's weights; without them
+    the two are one.
+    """
+    prediction = denoiser(batch.x_t, batch.t).float()
+    error = (prediction - batch.target).square().flatten(1).mean(1)
+    objective = error
+    if batch.teacher is not None:
+        objective = objective + batch.distill * (prediction - batch.teacher).square().flatten(1).mean(1)
+    if batch.weight is not None:
+        objective = objective * batch.weight
+    return objective, error
 
 
 def per_image_loss(denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
     """Mean squared error of each image, ``[B]`` (DDPM, eq. 14, at the batch's timesteps)."""
-    error = denoiser(batch.x_t, batch.t).float() - batch.target
-    return error.square().flatten(1).mean(1)
+    return losses(denoiser, batch)[1]
 
 
 def loss(denoiser: Denoiser, batch: NoisedBatch) -> Tensor:
@@ -82,6 +183,14 @@ def validation_batches(scheduler, images: Tensor, count: int, batch_size: int, s
 def validation_loss(denoiser: Denoiser, batches: list[NoisedBatch]) -> float:
     """Mean noise-prediction error over :func:`validation_batches`."""
     return torch.cat([per_image_loss(denoiser, batch) for batch in batches]).mean().item()
+
+
+@torch.no_grad()
+def loss_by_bin(denoiser: Denoiser, batches: list[NoisedBatch], steps: int) -> list[float]:
+    """:func:`validation_loss` of each timestep bin, the cleanest first, ``[TIMESTEP_BINS]`` of ``steps``."""
+    errors = torch.cat([per_image_loss(denoiser, batch) for batch in batches]).cpu()
+    bins = bin_of(torch.cat([batch.t for batch in batches]).cpu(), steps)
+    return [errors[bins == b].mean().item() for b in range(TIMESTEP_BINS)]
 
 
 def make_sampler(name: str, scheduler, steps: int):

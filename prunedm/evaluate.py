@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from . import bundled, data, diffusion, latency, metrics, pattern, pictures, unet
-from .recipe import Eval, Recipe
+from .recipe import Eval, Recipe, parse_pattern
 from .records import Evaluation, Step
 from .seeds import derive
-from .store import Run, write_atomic
+from .store import VARIANT_RECORD, Run, read_json, write_atomic
 
 VALIDATION_IMAGES, VALIDATION_BATCH, SAMPLE_BATCH, SHEET = 512, 128, 64, 64
 
@@ -70,18 +70,20 @@ def quality_steps(settings: Eval) -> int:
     return 2 + -(-settings.images // SAMPLE_BATCH)
 
 
-def sparsity(run: Run, recipe: Recipe) -> dict[str, Any]:
+def sparsity(run: Run) -> dict[str, Any]:
     """Compliance of the N:M variant, read from its saved file and not from memory."""
     from safetensors.torch import load_file
 
     tensors = load_file(run.variant("nm") / "unet" / unet.WEIGHTS)
-    n, m = recipe.mask.n, recipe.mask.m
     layers = run.layers()
     masked = [layer for layer in layers if layer["eligible"]]
-    good = sum(layer["groups"] * pattern.compliance(tensors[f"{layer['layer']}.weight"], n, m) for layer in masked)
+    good = sum(
+        layer["groups"] * pattern.compliance(tensors[f"{layer['layer']}.weight"], *parse_pattern(layer["pattern"]))
+        for layer in masked
+    )
     total = sum(layer["groups"] for layer in masked)
     return {
-        "pattern": f"{n}:{m}",
+        "pattern": read_json(run.variant("nm") / VARIANT_RECORD)["pattern"],
         "compliance": round(good) / total,
         "masked_layers": len(masked),
         "skipped_layers": [
@@ -112,7 +114,7 @@ def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device
                 ):
                     yield Step("evaluate", done + i + 1, total)
             if name == "nm":
-                found = found | sparsity(run, recipe)
+                found = found | sparsity(run)
             results[name] = dataclasses.replace(figures, **found).as_dict()
             run.write_evaluation(results)
         done += each
@@ -130,24 +132,26 @@ def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device
             "batch": figure.batch,
         }
     if "nm" in results:
-        results["nm"]["macs_sparse"] = sparse_macs(models["nm"].unet, run.layers(), recipe)
+        results["nm"]["macs_sparse"] = sparse_macs(models["nm"].unet, run.layers())
     run.write_evaluation(results)
 
 
-def sparse_macs(model: torch.nn.Module, layers: list[dict[str, Any]], recipe: Recipe) -> int:
+def sparse_macs(model: torch.nn.Module, layers: list[dict[str, Any]]) -> int:
     """Theoretical MACs of one image where hardware skips the pruned weights of the masked layers."""
-    masked = {layer["layer"] for layer in layers if layer["eligible"]}
+    patterns = {layer["layer"]: parse_pattern(layer["pattern"]) for layer in layers if layer["eligible"]}
     skipped, hooks = [], []
-    share = 1 - recipe.mask.n / recipe.mask.m
 
-    def count(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        weight = module.weight
-        uses = output[0].numel() // weight.shape[0]  # of each weight, for one image
-        skipped.append(weight.numel() * uses * share)
+    def counter(share: float):
+        def count(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            weight = module.weight
+            uses = output[0].numel() // weight.shape[0]  # of each weight, for one image
+            skipped.append(weight.numel() * uses * share)
+
+        return count
 
     for name, module in model.named_modules():
-        if name in masked:
-            hooks.append(module.register_forward_hook(count))
+        if name in patterns:
+            hooks.append(module.register_forward_hook(counter(1 - patterns[name].density)))
     dense = unet.macs(model)
     for hook in hooks:
         hook.remove()

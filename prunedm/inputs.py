@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from . import bundled, data, masks, store, structured, unet
-from .recipe import Recipe
+from . import allocate, bundled, data, maskfile, masks, store, structured, unet
+from .recipe import INITIALS, Recipe, parse_pattern
+from .records import LayerReport
 
 
 class InputError(ValueError):
@@ -36,8 +38,32 @@ def load_inputs(recipe: Recipe, runs_dir: Path, dense: Path | None = None) -> tu
     model = unet.load(str(dense) if dense else resolve_source(recipe.model.source, runs_dir))
     images = data.load(recipe.data.source, model.image_shape)
     if recipe.mask.method != "none":
-        masks.require_eligible(model.unet, recipe.mask.n, recipe.mask.m)
+        masks.require_eligible(model.unet, recipe.mask.n, recipe.mask.m, overrides(recipe))
+    given = masks_source(recipe, runs_dir)
+    if given:
+        maskfile.manifest(given)
     return model, images
+
+
+def overrides(recipe: Recipe) -> masks.Overrides:
+    """The recipe's patterns of single layers."""
+    return [(layer.match, layer.pattern) for layer in recipe.mask.layers]
+
+
+def masks_source(recipe: Recipe, runs_dir: Path) -> Path | None:
+    """The masks file that ``mask.initial`` names, as a run, a folder or a file; None where masks are computed."""
+    given = recipe.mask.initial
+    if given is None or given in INITIALS:
+        return None
+    folder = runs_dir / given if store.RUN_ID.fullmatch(given) and (runs_dir / given).is_dir() else Path(given)
+    try:
+        return maskfile.locate(folder.expanduser())
+    except maskfile.MaskFileError:
+        known = ", ".join(INITIALS)
+        raise InputError(
+            f"mask.initial={given} is none of {known} and no masks are there; give one of them, a run with an N:M "
+            "variant or a masks file"
+        ) from None
 
 
 def absolute(recipe: Recipe, runs_dir: Path) -> Recipe:
@@ -48,6 +74,9 @@ def absolute(recipe: Recipe, runs_dir: Path) -> Recipe:
         folder = Path(source).expanduser()
         if source != bundled.NAME and folder.is_dir() and section.source == source:
             section.source = str(folder.absolute())
+    given = masks_source(recipe, runs_dir)
+    if given:
+        changed.mask.initial = str(given.absolute())
     return changed
 
 
@@ -60,17 +89,34 @@ def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
         p = recipe.prune
         pruned = structured.prune(model.unet, p.method, p.target, rounding(recipe), recipe.seed)
     after = unet.parameters(model.unet)
-    layers = [] if recipe.mask.method == "none" else masks.layer_reports(model.unet, recipe.mask.m)
-    masked = sum(layer.groups * recipe.mask.m for layer in layers)
-    kept = round(masked * recipe.mask.n / recipe.mask.m)
+    spec = recipe.mask
+    layers = []
+    if spec.method != "none":
+        layers = masks.layer_reports(model.unet, spec.n, spec.m, overrides(recipe))
     return {
-        "parameters": {"dense": before, "structured": after, "nm_nonzero": after - masked + kept},
+        "parameters": {
+            "dense": before,
+            "structured": after,
+            "nm_nonzero": after - pruned_weights(layers, spec.density),
+        },
         "macs": {"dense": macs, "structured": unet.macs(model.unet)},
         "prune": pruned.as_dict() if pruned else None,
         "layers": [vars(layer) for layer in layers],
     }
 
 
+def pruned_weights(layers: list[LayerReport], density: float | None) -> int:
+    """How many weights the masks take away: by each layer's pattern, or by the budget where one is set."""
+    eligible = [layer for layer in layers if layer.eligible]
+    if density is not None:
+        return round(sum(math.prod(layer.shape) for layer in eligible) * (1 - density))
+    return sum(layer.groups * (m - n) for layer in eligible for n, m in [parse_pattern(layer.pattern)])
+
+
 def rounding(recipe: Recipe) -> int:
-    """The multiple that stage 2 asks of stage 1's widths."""
-    return 1 if recipe.mask.method == "none" else recipe.mask.m
+    """The multiple that stage 2 asks of stage 1's widths: what every group size in use divides."""
+    spec = recipe.mask
+    if spec.method == "none":
+        return 1
+    sizes = [spec.m] + [found.m for layer in spec.layers if (found := parse_pattern(layer.pattern))]
+    return math.lcm(*sizes, allocate.LARGEST_M if spec.density is not None else 1)

@@ -1,192 +1,285 @@
-"""Fine-tuning and mask learning: generators that yield one Step record a step.
+"""Stage 2: how masks are chosen and learned, all methods behind one interface.
 
-Whoever iterates owns logging, checkpoints and stopping. Each random number is a function of the seed
-and the step, so a trainer that loads a checkpoint goes on exactly as if it had never stopped.
+Learned: ``gumbel``, straight-through with a falling temperature (MaskLLM's relaxation, arXiv 2409.17481,
+over MaskPro's linear logits); ``reinforce`` (MaskPro, arXiv 2506.12876), a policy gradient that needs
+forward passes only; ``offset``, a learned correction to magnitude for training beside the weights.
+Baselines: masks that do not move, and ``sr-ste`` (arXiv 2102.04010). METHOD.md has the maths.
 
-Estimators for the masks (METHOD.md): ``gumbel``, straight-through with annealed temperature, and
-``reinforce`` (MaskPro, arXiv 2506.12876), a policy gradient that needs forward passes only.
+Every operation works on the flat ``[G, M]`` tensors of a pattern, so that a step costs the same number of
+operations for any number of layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import diffusion, masks, pattern
-from .data import Batches
-from .diffusion import NoisedBatch
-from .masks import MaskedUNet
-from .recipe import Mask
-from .records import Step
+from . import masks, pattern
+from .diffusion import TIMESTEP_BINS, NoisedBatch, bin_of
+from .masks import Bank, MaskedUNet
+from .recipe import FIXED_METHODS, Mask
 from .seeds import generator
+from .training import Task, Window, adam_state
 
-WARMUP_SHARE = 0.05
-GRADIENT_CLIP = 1.0
-TIMESTEP_BINS = 10
-TRACKER_DECAY = 0.99  # of the paper
 REFRESH_AFTER = 100  # steps for the tracker to mean something, at its decay
 GUMBEL_FLIPS, GUMBEL_TAU = 0.05, (1.0, 0.1)
 REINFORCE_FLIPS, REINFORCE_RATE = 0.01, 0.5
+OFFSET_RATE, OFFSET_TAU = 0.02, (0.5, 0.05)
+SPREAD_MEMORY = 100  # steps over which the advantage's spread is averaged
+ADAPT_EVERY = 10  # steps between looks at the entropy (adaptive temperature)
 
 
-def use_bf16(device: torch.device, precision: str) -> bool:
-    """Whether training autocasts to bf16: ``auto`` does where the hardware multiplies bf16 by itself."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+class FixedMasks:
+    """Masks that do not move: the baselines, and every method once its masks are frozen.
 
-
-@contextmanager
-def numerics(device: torch.device, bf16: bool) -> Iterator[None]:
-    """Autocast for training. On a CPU the flash attention's bf16 backward is slow: use plain products."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with ExitStack() as stack:
-        if bf16:
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-            if device.type == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
-
-
-@dataclass
-class Task:
-    """What is trained on: the scheduler, the images and the seed; one batch a step."""
-
-    scheduler: object
-    batches: Batches
-    seed: int
-    device: torch.device
-    bf16: bool
-
-    def batch(self, stage: str, step: int) -> NoisedBatch:
-        """Images, timesteps and noise of this step of this stage."""
-        x0 = self.batches.at(step, self.device)
-        return diffusion.noised(self.scheduler, x0, generator(self.seed, stage, "noise", step))
-
-    def numerics(self):
-        return numerics(self.device, self.bf16)
-
-
-def cosine_rate(peak: float, step: int, steps: int) -> float:
-    """Linear warm-up over 5 % of the steps, then cosine to zero."""
-    warmup = max(1, round(steps * WARMUP_SHARE))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-class Weights:
-    """The weights of a UNet in training: AdamW, cosine rate, gradient clipping, EMA (diffusers')."""
-
-    def __init__(self, unet: nn.Module, lr: float, ema: float, steps: int) -> None:
-        from diffusers.training_utils import EMAModel
-
-        self.parameters = list(unet.parameters())
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        self.lr, self.steps = lr, steps
-        fused = self.parameters[0].device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=fused)
-        self.ema = EMAModel(self.parameters, decay=ema, foreach=True)
-
-    def update(self, step: int) -> dict[str, float]:
-        """One optimiser step on the gradients at hand; the figures to record."""
-        rate = cosine_rate(self.lr, step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.parameters)
-        return {"lr": rate, "grad_norm": norm.item()}
-
-    def use_average(self) -> None:
-        """Put the averaged weights into the UNet."""
-        self.ema.copy_to(self.parameters)
-
-    def tensors(self) -> dict[str, Tensor]:
-        found = {}
-        for i, parameter in enumerate(self.parameters):
-            found |= {f"weight.{i}": parameter, f"ema.{i}": self.ema.shadow_params[i]}
-            found |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state[parameter].items()}
-        return found | {"ema_step": torch.tensor(self.ema.optimization_step)}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        for i, parameter in enumerate(self.parameters):
-            parameter.copy_(tensors[f"weight.{i}"])
-            self.ema.shadow_params[i].copy_(tensors[f"ema.{i}"])
-            prefix = f"adam.{i}."
-            self.optimizer.state[parameter] = {
-                key.removeprefix(prefix): _to_state(value, parameter)
-                for key, value in tensors.items()
-                if key.startswith(prefix)
-            }
-        self.ema.optimization_step = int(tensors["ema_step"])
-
-
-def gumbel_rate(steps: int) -> float:
-    """Adam moves a logit by at most one rate a step, and a flip takes a few units: fewer steps, larger
-    ones (measured: at 60 steps 0.2 learns and 0.05 flips nothing; at 600 steps 0.05 is good)."""
-    return min(0.5, 0.06 * math.sqrt(600 / max(1, steps)))
-
-
-class GumbelMasks:
-    """Straight-through Gumbel top-N: the forward pass sees the hard mask, the gradient the soft one.
-
-    key = (logits + g) / tau, mask = top-N(key) + N softmax(key) - (the same, without gradient); tau
-    falls geometrically from 1 to 0.1.
+    The base of the other methods: they override :meth:`_learn`, which runs inside the masks' window.
     """
 
+    learns = False
+
     def __init__(self, masked: MaskedUNet, spec: Mask, steps: int, seed: int) -> None:
-        self.masked, self.steps, self.seed = masked, steps, seed
-        budget = spec.flip_budget or GUMBEL_FLIPS
-        masked.logits = masks.confidence(masked.n, masked.m, budget) * masked.initial
-        masked.logits.requires_grad_(True)
-        self.rate = spec.lr or gumbel_rate(steps)
-        fused = masked.logits.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam([masked.logits], lr=self.rate, fused=fused)
+        self.masked, self.spec, self.seed = masked, spec, seed
+        self.steps, self.window = steps, Window.of(steps, spec.masks_from, spec.masks_until)
+        self.at = 0  # the step at hand
+        self._state: tuple[bool, bool] | None = None
 
-    def temperature(self, step: int) -> float:
-        start, end = GUMBEL_TAU
-        return start * (end / start) ** (step / max(1, self.steps - 1))
+    def prepare(self, step: int, train: bool) -> None:
+        if self.learns and step == self.window.last:
+            self.settle()
+        self.at = step
+        state = (self.needs_gradients(step) or train, train)
+        if state != self._state:
+            self.masked.require_gradients(*state)
+            self._state = state
 
-    def step(self, task: Task, batch: NoisedBatch, step: int, weights: Weights | None) -> dict[str, float]:
-        tau, logits = self.temperature(step), self.masked.logits
-        noise = masks.gumbel(logits.shape, generator(self.seed, "mask", "gumbel", step), logits)
-        key = (logits + noise) / tau
-        soft = self.masked.n * key.softmax(-1)
-        mask = pattern.top_n(key.detach(), self.masked.n) + (soft - soft.detach())
-        with task.numerics():
-            value = diffusion.loss(lambda x, t: self.masked(x, t, mask).sample, batch)
-        value.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return {"loss": value.item(), "tau": tau, "mask_lr": self.rate}
+    def needs_gradients(self, step: int) -> bool:
+        """Whether the masks' own update at this step asks for gradients of the masked weights."""
+        return False
+
+    def step(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
+        if self.learns and self.window.holds(step):
+            return self._learn(task, batch, step, train)
+        value = self._loss(task, batch, self.masked.wear, train)
+        if train:
+            for bank in self.masked.banks:
+                bank.grad.mul_(bank.mask)
+        return {"loss": value}
+
+    def _learn(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
+        raise AssertionError("a method that learns has its own")
+
+    def _loss(self, task: Task, batch: NoisedBatch, wear, backward: bool) -> float:
+        """The loss under the masks that ``wear()`` puts on, and its gradients when asked for."""
+        if backward:
+            self.masked.zero_grad()
+        wear()
+        with torch.set_grad_enabled(backward):
+            value = task.losses(self.masked.unet, batch).mean()
+        if backward:
+            value.backward()
+        return value.item()
+
+    def choice(self) -> list[Tensor]:
+        """The masks that the method would choose now, boolean ``[G, M]`` a bank."""
+        return self._choose() if self.learns and self.window.holds(self.at) else self.masked.masks()
+
+    def _choose(self) -> list[Tensor]:
+        raise AssertionError("a method that learns has its own")
+
+    def settle(self) -> None:
+        """Wear the chosen masks: at the end of their window, for good."""
+        self.masked.wear(self.choice())
+
+    def finish(self) -> None:
+        """Wear what the whole stage chose. Averaged weights, if any, are in place by now."""
+        self.at = self.window.last - 1 if self.window.last >= self.steps else self.steps
+        self.settle()
+
+    def logits(self) -> list[Tensor]:
+        """What the masks are drawn from, for diagnostics; empty when nothing is learned."""
+        return []
 
     def tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state[self.masked.logits]
-        return {"logits": self.masked.logits} | {f"adam_mask.{k}": v for k, v in state.items()}
+        return {f"mask.{i}": bank.mask for i, bank in enumerate(self.masked.banks)}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        logits = self.masked.logits
-        logits.copy_(tensors["logits"])
-        prefix = "adam_mask."
-        self.optimizer.state[logits] = {
-            k.removeprefix(prefix): _to_state(v, logits) for k, v in tensors.items() if k.startswith(prefix)
-        }
+        for i, bank in enumerate(self.masked.banks):
+            bank.mask.copy_(tensors[f"mask.{i}"])
+        self.masked.wear()
 
 
-class ReinforceMasks:
+class SrSteMasks(FixedMasks):
+    """Magnitude masks, chosen anew at each step, while the weights train (SR-STE, arXiv 2102.04010, eq. 8).
+
+    The gradient in the masked weights goes to all dense weights (straight-through), and the pruned ones
+    decay: grad + lambda (1 - mask) w.
+    """
+
+    learns = True
+
+    def needs_gradients(self, step: int) -> bool:
+        return self.window.holds(step)
+
+    def _learn(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
+        value = self._loss(task, batch, lambda: self.masked.wear(self._choose()), True)
+        for bank in self.masked.banks:
+            bank.grad.addcmul_(bank.weights.detach(), bank.mask.logical_not(), value=self.spec.sr_decay)
+        return {"loss": value}
+
+    def _choose(self) -> list[Tensor]:
+        return [pattern.keep(bank.weights.detach().abs(), bank.n) for bank in self.masked.banks]
+
+
+class LogitMasks(FixedMasks):
+    """One logit per weight, started at ``C * m0``: what gumbel, reinforce and offset share."""
+
+    learns = True
+    flip_budget = GUMBEL_FLIPS
+
+    def __init__(self, masked: MaskedUNet, spec: Mask, steps: int, seed: int) -> None:
+        super().__init__(masked, spec, steps, seed)
+        budget = spec.flip_budget or self.flip_budget
+        for bank in masked.banks:
+            bank.logits = self._start(bank, budget)
+        self.peak = spec.lr or self.default_rate(steps)
+
+    def _start(self, bank: Bank, budget: float) -> Tensor:
+        return bank.initial.to(bank.weights.dtype) * masks.confidence(bank.n, bank.m, budget)
+
+    def default_rate(self, steps: int) -> float:
+        raise AssertionError("each method has its own")
+
+    def rate(self, step: int) -> float:
+        return self.window.rate(self.spec.schedule, self.peak, self.spec.warmup, step)
+
+    def _choose(self) -> list[Tensor]:
+        return [pattern.keep(values, bank.n) for values, bank in zip(self.logits(), self.masked.banks)]
+
+    def logits(self) -> list[Tensor]:
+        return [bank.logits.detach() for bank in self.masked.banks]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | {f"logits.{i}": bank.logits for i, bank in enumerate(self.masked.banks)}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for i, bank in enumerate(self.masked.banks):
+            bank.logits.copy_(tensors[f"logits.{i}"])
+        super().load(tensors)
+
+
+class GumbelMasks(LogitMasks):
+    """Straight-through Gumbel top-N: the forward pass sees the hard mask, the gradient the soft one.
+
+    key = (logits + g) / tau, mask = top-N(key), soft = N softmax(key); the gradient in the mask,
+    w * dL/d(w mask), goes through soft:  N / tau * p (grad - sum p grad). Adam moves the logits.
+    """
+
+    tau = GUMBEL_TAU
+
+    def __init__(self, masked: MaskedUNet, spec: Mask, steps: int, seed: int) -> None:
+        super().__init__(masked, spec, steps, seed)
+        logits = [bank.logits.requires_grad_(True) for bank in masked.banks]
+        fused = logits[0].device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(logits, lr=self.peak, fused=fused)
+        self.first_tau = spec.tau_start or self.tau[0]
+        self.last_tau = min(spec.tau_end or self.tau[1], self.first_tau)
+        # adaptive temperature: entropy at the start and the share of it that is left
+        self.entropy = torch.tensor([self._entropy(), 1.0])
+
+    def default_rate(self, steps: int) -> float:
+        return gumbel_rate(steps)
+
+    def needs_gradients(self, step: int) -> bool:
+        return self.window.holds(step)
+
+    def temperature(self, step: int) -> float:
+        """Of this step of the masks' window, by the recipe's schedule."""
+        start, end = self.first_tau, self.last_tau
+        share = (step - self.window.first) / max(1, self.window.last - self.window.first - 1)
+        return {
+            "constant": lambda: start,
+            "linear": lambda: start + (end - start) * share,
+            "cosine": lambda: end + (start - end) * 0.5 * (1 + math.cos(math.pi * share)),
+            "exponential": lambda: start * (end / start) ** share,
+            "adaptive": lambda: end + (start - end) * min(1.0, self.entropy[1].item()),
+        }[self.spec.temperature]()
+
+    def _entropy(self) -> float:
+        total = sum(pattern.entropy(values).sum().item() for values in self.logits())
+        return total / sum(len(values) for values in self.logits())
+
+    def _keys(self, bank: Bank, tau: float, gen: torch.Generator) -> Tensor:
+        noise = masks.gumbel(masks.uniform(bank.logits.shape, gen, bank.logits))
+        return noise.add_(bank.logits).div_(tau)
+
+    @torch.no_grad()
+    def _learn(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
+        if self.spec.temperature == "adaptive" and step % ADAPT_EVERY == 0:
+            self.entropy[1] = self._entropy() / max(self.entropy[0].item(), 1e-9)
+        tau, gen = self.temperature(step), generator(self.seed, "mask", "gumbel", step)
+        keys = [self._keys(bank, tau, gen) for bank in self.masked.banks]
+        hard = [pattern.keep(key, bank.n) for key, bank in zip(keys, self.masked.banks)]
+        value = self._loss(task, batch, lambda: self.masked.wear(hard), True)
+        for bank, key in zip(self.masked.banks, keys):
+            bank.logits.grad = straight_through(bank, key).mul_(bank.n / tau)
+        norm = torch.nn.utils.get_total_norm([bank.logits.grad for bank in self.masked.banks])
+        rate = self.rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if train:
+            self._weights_gradient()
+        return {"loss": value, "tau": tau, "mask_lr": rate, "mask_grad_norm": norm.item()}
+
+    def _weights_gradient(self) -> None:
+        """What reaches the dense weights: here the kept ones only."""
+        for bank in self.masked.banks:
+            bank.grad.mul_(bank.mask)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = super().tensors() | {"entropy": self.entropy}
+        for i, bank in enumerate(self.masked.banks):
+            found |= {f"adam_mask.{i}.{k}": v for k, v in self.optimizer.state[bank.logits].items()}
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for i, bank in enumerate(self.masked.banks):
+            self.optimizer.state[bank.logits] = adam_state(tensors, f"adam_mask.{i}.", bank.logits)
+        self.entropy = tensors["entropy"].clone()
+        super().load(tensors)
+
+
+class OffsetMasks(GumbelMasks):
+    """A learned offset over magnitude, for training beside the weights: score = log|w| + offset.
+
+    The masks follow the weights as in SR-STE, and the offset, trained straight-through without noise,
+    corrects magnitude where the loss says so. Pruned weights go on receiving gradient.
+    """
+
+    tau = OFFSET_TAU
+
+    def _start(self, bank: Bank, budget: float) -> Tensor:
+        return torch.zeros_like(bank.weights)
+
+    def default_rate(self, steps: int) -> float:
+        return OFFSET_RATE
+
+    def logits(self) -> list[Tensor]:
+        return [bank.logits.detach() + magnitude_score(bank) for bank in self.masked.banks]
+
+    def _keys(self, bank: Bank, tau: float, gen: torch.Generator) -> Tensor:
+        return magnitude_score(bank).add_(bank.logits).div_(tau)
+
+    def _weights_gradient(self) -> None:
+        pass
+
+
+class ReinforceMasks(LogitMasks):
     """Policy gradient on the loss residual against a reference mask (MaskPro, arXiv 2506.12876).
 
     r = f(m_t * w) - f(m_0 * w) on the same images, timesteps and noise; a tracker for each timestep bin
@@ -196,157 +289,150 @@ class ReinforceMasks:
     sampled masks are better. No activations are kept unless the weights train too.
     """
 
+    flip_budget = REINFORCE_FLIPS
+
     def __init__(self, masked: MaskedUNet, spec: Mask, steps: int, seed: int) -> None:
-        self.masked, self.seed, self.normalize = masked, seed, spec.normalize_advantage
-        budget = spec.flip_budget or REINFORCE_FLIPS
-        masked.logits = masks.confidence(masked.n, masked.m, budget) * masked.initial
-        self.rate = spec.lr or REINFORCE_RATE
-        self.reference = masked.initial.clone()
+        super().__init__(masked, spec, steps, seed)
+        self.reference = [bank.initial.clone() for bank in masked.banks]
         self.tracker, self.since = torch.zeros(TIMESTEP_BINS), torch.zeros(1)
-        self.spread = torch.zeros(2)  # running mean square of the advantage, number of steps
+        self.spread = torch.zeros(2)  # running mean square of the advantage, number of advantages
+        self.cached: dict[int, Tensor] = {}  # position in the cycle -> f(m_0) of its images
 
-    def step(self, task: Task, batch: NoisedBatch, step: int, weights: Weights | None) -> dict[str, float]:
-        masked, gen = self.masked, generator(self.seed, "mask", "reinforce", step)
-        order = masks.sample_orders(masked.logits, masked.n, gen)
-        mask = torch.zeros_like(masked.logits).scatter_(-1, order, 1.0)
-        with task.numerics(), torch.no_grad():
-            base = self._loss(batch, self.reference)
-        # An autocast of its own: the cached casts of the pass above carry no gradient.
-        with task.numerics(), torch.set_grad_enabled(weights is not None):
-            drawn = self._loss(batch, mask)
-        if weights is not None:
-            drawn.mean().backward()
-        residual = (drawn.detach() - base).float().cpu()
-        advantage = self._advantage(residual, batch.t.cpu(), task.scheduler.config.num_train_timesteps)
-        if math.factorial(masked.n) <= masks.EXACT_ORDERS:
-            gradient = masks.score(masked.logits, mask)
-        else:
-            gradient = masks.ordered_score(masked.logits, order)
-        masked.logits -= self.rate * advantage * gradient
+    def default_rate(self, steps: int) -> float:
+        return REINFORCE_RATE
+
+    @torch.no_grad()
+    def _learn(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
+        base = self._base(task, batch, step)
+        bins = bin_of(batch.t.cpu(), task.scheduler.config.num_train_timesteps)
+        moves: list[Tensor | None] = [None] * len(self.masked.banks)
+        values, residuals, advantages = [], [], []
+        if train:
+            self.masked.zero_grad()
+        for sample in range(self.spec.samples):
+            drawn, orders = self._draw(step, sample)
+            self.masked.wear(drawn)
+            with torch.set_grad_enabled(train):
+                losses = task.losses(self.masked.unet, batch)
+            if train:
+                self._backward(losses, drawn)
+            residual = losses.detach().float().cpu() - base
+            advantage = self._advantage(residual, bins)
+            for i, bank in enumerate(self.masked.banks):
+                direction = self._score(bank, drawn[i], orders[i]).mul_(advantage / self.spec.samples)
+                moves[i] = direction if moves[i] is None else moves[i].add_(direction)
+            values.append(losses.mean().item())
+            residuals.append(residual.mean().item())
+            advantages.append(advantage)
+        rate = self.rate(step)
+        for bank, move in zip(self.masked.banks, moves):
+            bank.logits -= rate * move
+        norm = torch.nn.utils.get_total_norm(moves)
         self._refresh()
-        return {
-            "loss": drawn.mean().item(),
-            "residual": residual.mean().item(),
-            "tracker": self.tracker.mean().item(),
-            "advantage": advantage,
-            "mask_lr": self.rate,
-        }
+        mean = 1 / self.spec.samples
+        figures = {"loss": sum(values) * mean, "residual": sum(residuals) * mean, "advantage": sum(advantages) * mean}
+        bins_of_tracker = {f"tracker.{b}": value for b, value in enumerate(self.tracker.tolist())}
+        spread = self.spread[0].sqrt().item()
+        figures |= {"residual_spread": spread, "tracker": self.tracker.mean().item(), **bins_of_tracker}
+        return figures | {"mask_lr": rate, "mask_grad_norm": norm.item()}
 
-    def _loss(self, batch: NoisedBatch, mask: Tensor) -> Tensor:
-        return diffusion.per_image_loss(lambda x, t: self.masked(x, t, mask).sample, batch)
+    def _base(self, task: Task, batch: NoisedBatch, step: int) -> Tensor:
+        """f(m_0) of each image, from the cache where the recipe keeps one (the paper's way)."""
+        position = step % self.spec.cached_batches if self.spec.cached_batches else -1
+        if position in self.cached:
+            return self.cached[position]
+        self.masked.wear(self.reference)
+        found = task.losses(self.masked.unet, batch).float().cpu()
+        if position >= 0:
+            self.cached[position] = found
+        return found
 
-    def _advantage(self, residual: Tensor, t: Tensor, timesteps: int) -> float:
-        bins = t * TIMESTEP_BINS // timesteps
+    def _draw(self, step: int, sample: int) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Boolean masks of all banks and, where the set has too many orders, the order drawn."""
+        pair, opposite = divmod(sample, 2) if self.spec.antithetic else (sample, 0)
+        gen = generator(self.seed, "mask", "reinforce", step, pair)
+        drawn, orders = [], []
+        for bank in self.masked.banks:
+            u = masks.uniform(bank.logits.shape, gen, bank.logits)
+            keys = masks.gumbel(1 - u if opposite else u).add_(bank.logits)
+            exact = math.factorial(bank.n) <= masks.EXACT_ORDERS
+            orders.append(None if exact else keys.topk(bank.n, dim=-1).indices)
+            drawn.append(pattern.keep(keys, bank.n))
+        return drawn, orders
+
+    def _backward(self, losses: Tensor, drawn: list[Tensor]) -> None:
+        """Gradients of the weights: the mean over the samples, each through its own mask."""
+        before = [bank.grad.clone() for bank in self.masked.banks]
+        for bank in self.masked.banks:
+            bank.grad.zero_()
+        losses.backward(torch.full_like(losses, 1 / (losses.numel() * self.spec.samples)))
+        for bank, mask, earlier in zip(self.masked.banks, drawn, before):
+            bank.grad.mul_(mask).add_(earlier)
+
+    @staticmethod
+    def _score(bank: Bank, mask: Tensor, order: Tensor | None) -> Tensor:
+        if order is None:
+            return masks.score(bank.logits, mask.to(bank.logits.dtype))
+        return masks.ordered_score(bank.logits, order)
+
+    def _advantage(self, residual: Tensor, bins: Tensor) -> float:
         advantage = (residual - self.tracker[bins]).mean()
         for b in bins.unique().tolist():
             mean = residual[bins == b].mean()
-            self.tracker[b] += (1 - TRACKER_DECAY) * (mean - self.tracker[b])
+            self.tracker[b] += (1 - self.spec.tracker_decay) * (mean - self.tracker[b])
         self.spread[1] += 1
-        self.spread[0] += (advantage.square() - self.spread[0]) / self.spread[1].clamp(max=100)
-        scale = self.spread[0].sqrt().clamp(min=1e-12) if self.normalize else 1.0
+        self.spread[0] += (advantage.square() - self.spread[0]) / self.spread[1].clamp(max=SPREAD_MEMORY)
+        scale = self.spread[0].sqrt().clamp(min=1e-12) if self.spec.normalize_advantage else 1.0
         return (advantage / scale).item()
 
     def _refresh(self) -> None:
         """Measure against the present choice once samples beat the old reference on average."""
         self.since += 1
-        if self.since >= REFRESH_AFTER and self.tracker.mean() < 0:
-            self.reference = self.masked.mask()
+        if self.spec.refresh and self.since >= REFRESH_AFTER and self.tracker.mean() < 0:
+            self.reference = self._choose()
+            self.cached.clear()
             self.tracker.zero_()
             self.since.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        names = ("reference", "tracker", "spread", "since")
-        return {"logits": self.masked.logits} | {name: getattr(self, name) for name in names}
+        found = super().tensors() | {name: getattr(self, name) for name in ("tracker", "spread", "since")}
+        found |= {f"reference.{i}": mask for i, mask in enumerate(self.reference)}
+        return found | {f"cached.{position}": losses for position, losses in self.cached.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        self.masked.logits.copy_(tensors["logits"])
-        for name in ("reference", "tracker", "spread", "since"):
+        super().load(tensors)
+        for name in ("tracker", "spread", "since"):
             getattr(self, name).copy_(tensors[name])
+        for i, mask in enumerate(self.reference):
+            mask.copy_(tensors[f"reference.{i}"])
+        self.cached = {int(k.removeprefix("cached.")): v for k, v in tensors.items() if k.startswith("cached.")}
 
 
-class FixedMasks:
-    """Masks that do not move (magnitude, or after learning) while the weights train."""
-
-    def __init__(self, masked: MaskedUNet) -> None:
-        self.masked = masked
-
-    def step(self, task: Task, batch: NoisedBatch, step: int, weights: Weights | None) -> dict[str, float]:
-        mask = self.masked.mask()
-        with task.numerics():
-            value = diffusion.loss(lambda x, t: self.masked(x, t, mask).sample, batch)
-        value.backward()
-        return {"loss": value.item()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"logits": self.masked.logits}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        self.masked.logits.copy_(tensors["logits"])
+def gumbel_rate(steps: int) -> float:
+    """Adam moves a logit by at most one rate a step, and a flip takes a few units: fewer steps, larger
+    ones (measured: at 60 steps 0.2 learns and 0.05 flips nothing; at 600 steps 0.05 is good)."""
+    return min(0.5, 0.06 * math.sqrt(600 / max(1, steps)))
 
 
-class DenseLoss:
-    """No masks: plain fine-tuning through the same loop."""
+def straight_through(bank: Bank, key: Tensor) -> Tensor:
+    """Gradient of the loss in the keys of the soft mask, up to the factor N / tau, ``[G, M]``.
 
-    def __init__(self, unet: nn.Module) -> None:
-        self.unet = unet
-
-    def step(self, task: Task, batch: NoisedBatch, step: int, weights: Weights | None) -> dict[str, float]:
-        with task.numerics():
-            value = diffusion.loss(lambda x, t: self.unet(x, t).sample, batch)
-        value.backward()
-        return {"loss": value.item()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        pass
+    With p = softmax(key) and g = w * dL/d(w mask):  p (g - sum over the group of p g).
+    """
+    p = pattern.probabilities(key)
+    weighted = p * (bank.grad * bank.weights.detach())
+    return weighted.sub_(p.mul_(pattern.total(weighted)[:, None]))
 
 
-LEARNERS = {"gumbel": GumbelMasks, "reinforce": ReinforceMasks}
-Learner = GumbelMasks | ReinforceMasks | FixedMasks | DenseLoss
+def magnitude_score(bank: Bank) -> Tensor:
+    """log|w|, a new tensor ``[G, M]``."""
+    return bank.weights.detach().abs().clamp_(min=1e-12).log_()
 
 
-class Diverged(ArithmeticError):
-    """The loss is no longer a number."""
-
-
-class Trainer:
-    """A stage of training: a learner, maybe weights, so many steps; resumable at any of them."""
-
-    def __init__(self, stage: str, steps: int, task: Task, learner: Learner, weights: Weights | None) -> None:
-        self.stage, self.steps, self.task = stage, steps, task
-        self.learner, self.weights, self.done = learner, weights, 0
-
-    def __iter__(self) -> Iterator[Step]:
-        """Train to the end, yielding after each step; raises Diverged when the loss is not finite."""
-        while self.done < self.steps:
-            step = self.done
-            batch = self.task.batch(self.stage, step)
-            values = self.learner.step(self.task, batch, step, self.weights)
-            self._require_finite("loss", values["loss"])
-            if self.weights is not None:
-                values |= self.weights.update(step)
-                self._require_finite("gradient norm", values["grad_norm"])
-            self.done = step + 1
-            yield Step(self.stage, self.done, self.steps, values)
-
-    def _require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            where = f"at step {self.done + 1} of {self.stage}"
-            raise Diverged(f"the {what} became {value} {where}; lower train.lr or mask.lr")
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on."""
-        return self.learner.tensors() | (self.weights.tensors() if self.weights else {})
-
-    def load(self, tensors: dict[str, Tensor], done: int) -> None:
-        self.learner.load(tensors)
-        if self.weights is not None:
-            self.weights.load(tensors)
-        self.done = done
-
-
-def _to_state(value: Tensor, like: Tensor) -> Tensor:
-    """Adam's moments and its step counter (fused Adam keeps that beside them) on the parameter's device."""
-    return value.to(like.device)
+METHODS: dict[str, type[FixedMasks]] = {
+    **dict.fromkeys(FIXED_METHODS, FixedMasks),
+    "sr-ste": SrSteMasks,
+    "gumbel": GumbelMasks,
+    "reinforce": ReinforceMasks,
+    "offset": OffsetMasks,
+}

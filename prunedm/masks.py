@@ -1,22 +1,25 @@
-"""Stage 2's masks: which N of every M weights stay, as one flat tensor of logits.
+"""Stage 2's masks: their distribution, and a UNet that wears them.
 
-One logit per weight, ``[G, M]`` for all groups of all layers, so that sampling, log-probability and
-update are a handful of large operations whatever the number of layers. ``p = softmax(logits)`` in each
-group; a mask is drawn by taking N of M without replacement (Gumbel top-N), so every sample is exactly
-N:M (MaskPro, arXiv 2506.12876; MaskLLM, arXiv 2409.17481, has one logit per *pattern* instead, C(M,N)/M
-times as many).
+One logit per weight, ``[G, M]`` for all groups of all layers of one pattern, so that sampling,
+log-probability and update are a handful of large operations whatever the number of layers. ``p =
+softmax(logits)`` in each group; a mask is drawn by taking N of M without replacement (Gumbel top-N), so
+every sample is exactly N:M (MaskPro, arXiv 2506.12876; MaskLLM, arXiv 2409.17481, has one logit per
+*pattern of a group* instead, C(M,N)/M times as many).
 """
 
 from __future__ import annotations
 
-import itertools
+import fnmatch
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from . import pattern
+from .recipe import Pattern, parse_pattern
 from .records import LayerReport
 
 # The first conv, the last conv and the time embedding stay dense by default (METHOD).
@@ -25,80 +28,137 @@ EXCLUDED = {
     "conv_out": "last convolution, kept dense",
     "time_embedding.": "time embedding, kept dense",
 }
-EXACT_ORDERS = 24  # the set gradient sums over N! orders up to this many
+EXACT_ORDERS = 24  # reinforce uses the set's gradient up to so many orders of drawing, N!
+SMALLEST_UNIFORM = 2.0**-25  # half the smallest step of a float32 uniform
+
+# Gradients of masked weights gather in the layout of the groups, at no cost that could be measured.
+warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
+
+Overrides = Sequence[tuple[str, str]]  # (name pattern, "N:M" or "dense"); the last that matches wins
 
 
-def gumbel(shape: torch.Size, gen: torch.Generator | None, like: Tensor) -> Tensor:
-    """Standard Gumbel noise, drawn on the CPU so that every device gets the same."""
-    noise = torch.empty(shape).exponential_(generator=gen).log_().neg_()
-    return noise.to(like)
+# --- the distribution of a mask ---------------------------------------------------------------
+def uniform(shape: torch.Size, gen: torch.Generator | None, like: Tensor) -> Tensor:
+    """Uniform noise in (0, 1), drawn on the CPU so that every device gets the same."""
+    return torch.rand(shape, generator=gen).clamp_(SMALLEST_UNIFORM, 1 - SMALLEST_UNIFORM).to(like)
+
+
+def gumbel(u: Tensor) -> Tensor:
+    """Standard Gumbel noise from uniform noise, in place."""
+    return u.log_().neg_().log_().neg_()
 
 
 def sample_orders(logits: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
     """N positions of each group without replacement, in the order drawn: ``[G, N]`` indices."""
-    return (logits + gumbel(logits.shape, generator, logits)).topk(n, dim=-1).indices
+    return (logits + gumbel(uniform(logits.shape, generator, logits))).topk(n, dim=-1).indices
 
 
 def sample_masks(logits: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-    """0/1 masks ``[G, M]`` with exactly N ones a group, drawn from the logits (Gumbel top-N)."""
-    return pattern.top_n(logits + gumbel(logits.shape, generator, logits), n)
+    """0/1 masks ``[G, M]`` with exactly N ones a group, drawn from the logits ``[G, M]``.
+
+    Gumbel top-N: the N largest of ``logits + Gumbel noise`` are N draws without replacement from
+    ``softmax(logits)`` (MaskPro, arXiv 2506.12876; Kool et al., arXiv 1903.06059).
+    """
+    return pattern.top_n(gumbel(uniform(logits.shape, generator, logits)).add_(logits), n)
 
 
 def log_prob(logits: Tensor, mask: Tensor) -> Tensor:
     """log P(S) of the kept set of each group, ``[G]``: exact, summed over all orders of drawing.
 
     P(S) = sum over the orders of prod p_a / (1 - sum of those already drawn), by recursion over the
-    2^N subsets of the kept set rather than over its N! orders.
+    2^N subsets of the kept set rather than over its N! orders. Differentiable in the logits.
+    """
+    kept, rest = _kept_first(logits, mask)
+    return _reach(kept, rest)[-1]
+
+
+def score(logits: Tensor, mask: Tensor) -> Tensor:
+    """Gradient of :func:`log_prob` in the logits, ``[G, M]``, in closed form (MaskPro, arXiv 2506.12876).
+
+    Draws pass through a chain of subsets T of the kept set S. With w_T = P(T is passed | S),
+
+        d log P(S) / d logit_j = [j in S] - sum over T not holding j of w_T p_j / (1 - P(T)).
+
+    Exact for every N: 2^N subsets; N = 1 and N = 2 need no subsets at all and are written out.
     """
     n = int(mask[0].sum())
-    kept = mask.topk(n, dim=-1).indices.sort(-1).values
-    inside = logits.gather(-1, kept)
-    rest = logits.masked_fill(mask.bool(), -math.inf).logsumexp(-1)
-    # reach[T]: log-probability that the first |T| draws are exactly the subset T of the kept set.
-    reach: dict[int, Tensor] = {0: torch.zeros_like(rest)}
+    if n == 1:
+        return mask - pattern.probabilities(logits)
+    if n == 2:
+        return _score_of_pairs(logits, mask)
+    kept, rest = _kept_first(logits, mask)
+    reach, leave = _reach(kept, rest), _leave(kept, rest)
+    gradient = torch.ones_like(kept)
+    outside = torch.zeros_like(rest)
+    for subset in range((1 << n) - 1):
+        inside = [i for i in range(n) if not subset >> i & 1]
+        mass = torch.stack([rest, *(kept[:, i] for i in inside)]).logsumexp(0)
+        share = (reach[subset] + leave[subset] - reach[-1] - mass).exp()  # w_T / (1 - P(T))
+        outside = outside + share
+        for i in inside:
+            gradient[:, i] -= share * kept[:, i].exp()
+    everywhere = -outside[:, None] * logits.softmax(-1)
+    return everywhere.masked_scatter(mask.bool(), gradient)
+
+
+def _score_of_pairs(logits: Tensor, mask: Tensor) -> Tensor:
+    """:func:`score` for N = 2: with u_a = 1 / (1 - p_a) for the kept a and U their sum, the first draw was
+    a with probability u_a / U, so grad_j = mask_j - p_j (1 + sum over kept a != j of u_a^2 / U)."""
+    powers = pattern.probabilities(logits)
+    u = mask / pattern.others(powers).clamp_(min=torch.finfo(logits.dtype).tiny)
+    v = u * (u / pattern.total(u)[:, None])
+    return mask - powers * (1 + pattern.others(v))
+
+
+def ordered_score(logits: Tensor, order: Tensor) -> Tensor:
+    """Gradient of the log-probability of one drawn order ``[G, N]`` (Plackett-Luce), ``[G, M]``.
+
+    Unbiased like :func:`score` and noisier; its cost grows with N and not with 2^N.
+    """
+    remaining = logits
+    gradient = torch.zeros_like(logits).scatter_(-1, order, 1.0)
+    for a in order.unbind(-1):
+        gradient -= pattern.probabilities(remaining)
+        remaining = remaining.scatter(-1, a[:, None], -math.inf)
+    return gradient
+
+
+def _kept_first(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the kept ``[G, N]`` and of all others together ``[G]``; logits normalised."""
+    normal = logits.log_softmax(-1)
+    chosen = mask.bool()
+    kept = normal.masked_select(chosen).view(len(mask), -1)
+    return kept, normal.masked_fill(chosen, -math.inf).logsumexp(-1)
+
+
+def _reach(kept: Tensor, rest: Tensor) -> list[Tensor]:
+    """log P(the first |T| draws are exactly T), for each subset T of the kept set as a bit mask."""
+    n = kept.shape[1]
+    reach = [torch.zeros_like(rest)]
     for subset in range(1, 1 << n):
         ways = []
         for a in (i for i in range(n) if subset >> i & 1):
             before = subset ^ (1 << a)
-            left = [inside[:, i] for i in range(n) if not before >> i & 1]
-            mass = torch.stack([rest, *left]).logsumexp(0)
-            ways.append(reach[before] + inside[:, a] - mass)
-        reach[subset] = torch.stack(ways).logsumexp(0)
-    return reach[(1 << n) - 1]
+            ways.append(reach[before] + kept[:, a] - _mass(kept, rest, before))
+        reach.append(torch.stack(ways).logsumexp(0))
+    return reach
 
 
-def score(logits: Tensor, mask: Tensor) -> Tensor:
-    """Gradient of :func:`log_prob` in the logits, ``[G, M]``, in closed form (MaskPro, eq. of log P(S)).
-
-    ValueError when N! > 24: use :func:`ordered_score` on the drawn order there.
-    """
-    n = int(mask[0].sum())
-    if math.factorial(n) > EXACT_ORDERS:
-        raise ValueError(f"N={n} has {math.factorial(n)} orders; use ordered_score")
-    kept = mask.topk(n, dim=-1).indices.sort(-1).values
-    log_weights, scores = [], []
-    for order in itertools.permutations(range(n)):
-        log_weight, gradient = _ordered(logits, kept[:, list(order)])
-        log_weights.append(log_weight)
-        scores.append(gradient)
-    weights = torch.stack(log_weights).softmax(0)  # P(order | set)
-    return (weights[..., None] * torch.stack(scores)).sum(0)
+def _leave(kept: Tensor, rest: Tensor) -> list[Tensor]:
+    """log P(the kept set is completed | the first |T| draws were T), for each subset T."""
+    n = kept.shape[1]
+    whole = (1 << n) - 1
+    leave = [torch.zeros_like(rest)] * (1 << n)
+    for subset in range(whole - 1, -1, -1):
+        mass = _mass(kept, rest, subset)
+        ways = [leave[subset | 1 << a] + kept[:, a] - mass for a in range(n) if not subset >> a & 1]
+        leave[subset] = torch.stack(ways).logsumexp(0)
+    return leave
 
 
-def ordered_score(logits: Tensor, order: Tensor) -> Tensor:
-    """Gradient of the log-probability of one drawn order ``[G, N]`` (Plackett-Luce), ``[G, M]``."""
-    return _ordered(logits, order)[1]
-
-
-def _ordered(logits: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    remaining, log_weight = logits, torch.zeros_like(logits[:, 0])
-    gradient = torch.zeros_like(logits).scatter_(-1, order, 1.0)
-    for a in order.unbind(-1):
-        q = remaining.softmax(-1)
-        gradient = gradient - q
-        log_weight = log_weight + q.gather(-1, a[:, None]).squeeze(-1).clamp(min=1e-30).log()
-        remaining = remaining.scatter(-1, a[:, None], -math.inf)
-    return log_weight, gradient
+def _mass(kept: Tensor, rest: Tensor, drawn: int) -> Tensor:
+    """log(1 - P(T)): what is left to draw from once T is gone."""
+    return torch.stack([rest, *(kept[:, i] for i in range(kept.shape[1]) if not drawn >> i & 1)]).logsumexp(0)
 
 
 def confidence(n: int, m: int, flip_budget: float) -> float:
@@ -114,9 +174,10 @@ def confidence(n: int, m: int, flip_budget: float) -> float:
     return (low + high) / 2
 
 
+# --- a UNet under masks -----------------------------------------------------------------------
 @dataclass(frozen=True)
 class MaskedLayer:
-    """One masked weight: its parameter name and its rows in the flat tensors."""
+    """One masked weight: its parameter name and its rows in the flat tensors of its pattern."""
 
     name: str
     shape: tuple[int, ...]
@@ -124,101 +185,226 @@ class MaskedLayer:
     stop: int
 
 
-class MaskedUNet(nn.Module):
-    """A UNet whose eligible weights are multiplied by N:M masks.
+@dataclass
+class Bank:
+    """All layers of one pattern as flat tensors ``[G, M]``.
 
-    No layer is replaced: forward is ``torch.func.functional_call`` with masked weights, so names, shapes
-    and checkpoints stay those of diffusers and baking is one copy.
+    weights: the dense weights. grad: the loss's gradient in the *masked* weights, into which backward
+    writes directly. mask: what the UNet wears, boolean. initial: m0, boolean.
     """
 
-    def __init__(self, unet: nn.Module, n: int, m: int) -> None:
-        """ValueError when no layer is eligible or when two layers share a weight."""
-        super().__init__()
-        require_eligible(unet, n, m)
-        self.unet, self.n, self.m = unet, n, m
-        self.reports = layer_reports(unet, m)
-        self.layers: list[MaskedLayer] = []
-        start = 0
+    pattern: Pattern
+    layers: list[MaskedLayer]
+    weights: Tensor
+    initial: Tensor
+    mask: Tensor
+    grad: Tensor | None = None
+    logits: Tensor | None = None
+    targets: list[Tensor] = field(default_factory=list)  # the UNet's parameters ...
+    sources: list[Tensor] = field(default_factory=list)  # ... and the same weights and masks here, as views
+    covers: list[Tensor] = field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        return self.pattern.n
+
+    @property
+    def m(self) -> int:
+        return self.pattern.m
+
+    def rows(self) -> Tensor:
+        """The layer that each group belongs to, ``[G]``."""
+        counts = torch.tensor([layer.stop - layer.start for layer in self.layers], device=self.mask.device)
+        return torch.repeat_interleave(torch.arange(len(self.layers), device=self.mask.device), counts)
+
+
+class MaskedUNet:
+    """A UNet whose eligible weights are multiplied by N:M masks.
+
+    No layer is replaced: the UNet's own parameters hold ``weight * mask`` and the dense weights live in
+    the banks. :meth:`wear` writes all masked weights in two operations a pattern, and the parameters'
+    ``.grad`` are views of the banks' ``grad``, so a step costs the same few operations for any number of
+    layers. Names, shapes and checkpoints stay those of diffusers; baking is wearing the last mask.
+    """
+
+    def __init__(self, unet: nn.Module, n: int, m: int, overrides: Overrides = ()) -> None:
+        """Masks start as magnitude's. ValueError when no layer is eligible or two layers share a weight.
+
+        Put the UNet on its device first: the banks live where its weights are.
+        """
+        require_eligible(unet, n, m, overrides)
+        self.unet = unet
+        self.reports = layer_reports(unet, n, m, overrides)
+        wanted: dict[Pattern, list[LayerReport]] = {}
         for report in self.reports:
             if report.eligible:
-                stop = start + report.groups
-                name = f"{report.layer}.weight"
-                self.layers.append(MaskedLayer(name, tuple(report.shape), start, stop))
-                start = stop
-        initial = pattern.top_n(self.flat_weights().abs(), n)
-        self.register_buffer("initial", initial)
-        self.register_buffer("logits", torch.zeros_like(initial))
+                wanted.setdefault(parse_pattern(report.pattern), []).append(report)
+        self.banks = [self._bank(*item) for item in wanted.items()]
+        self.set_initial([bank.weights.abs() for bank in self.banks])
 
     @property
     def config(self):
-        """The UNet's own configuration, so that sampling can treat both alike."""
+        """The UNet's own configuration."""
         return self.unet.config
 
+    def __call__(self, x: Tensor, t: Tensor):
+        """The UNet's output under the masks that it wears."""
+        return self.unet(x, t)
+
     @torch.no_grad()
-    def flat_weights(self) -> Tensor:
-        """All masked weights as groups, ``[G, M]``."""
-        return torch.cat([pattern.group(self._weight(layer), self.m) for layer in self.layers])
+    def _bank(self, wanted: Pattern, reports: list[LayerReport]) -> Bank:
+        layers, start = [], 0
+        for report in reports:
+            layers.append(MaskedLayer(f"{report.layer}.weight", tuple(report.shape), start, start + report.groups))
+            start += report.groups
+        parameters = [self.unet.get_parameter(layer.name) for layer in layers]
+        weights = torch.cat([pattern.group(p.detach(), wanted.m) for p in parameters])
+        mask = torch.ones_like(weights, dtype=torch.bool)
+        bank = Bank(wanted, layers, weights, mask.clone(), mask)
+        bank.targets = [p.detach() for p in parameters]
+        bank.sources, bank.covers = self._views(bank, weights), self._views(bank, mask)
+        return bank
 
-    def mask(self) -> Tensor:
-        """The mask that the logits choose: their top N, ``[G, M]``."""
-        return pattern.top_n(self.logits, self.n)
+    def _views(self, bank: Bank, flat: Tensor) -> list[Tensor]:
+        return [pattern.unfold(flat[layer.start : layer.stop], layer.shape) for layer in bank.layers]
 
-    def masked_weights(self, mask: Tensor) -> dict[str, Tensor]:
-        """Parameter name to ``weight * mask``; differentiable in both."""
+    def set_initial(self, scores: list[Tensor]) -> None:
+        """Take the top N of these scores, one ``[G, M]`` a bank, as m0 and wear it."""
+        for bank, values in zip(self.banks, scores):
+            bank.initial = pattern.keep(values, bank.n)
+            bank.mask.copy_(bank.initial)
+        self.wear()
+
+    @torch.no_grad()
+    def wear(self, masks: list[Tensor] | None = None) -> None:
+        """Write ``weight * mask`` into the UNet (default: the present masks and maybe newer weights)."""
+        for i, bank in enumerate(self.banks):
+            if masks is not None:
+                bank.mask.copy_(masks[i])
+            torch._foreach_copy_(bank.targets, bank.sources)
+            torch._foreach_mul_(bank.targets, bank.covers)
+
+    @torch.no_grad()
+    def undress(self) -> None:
+        """Write the dense weights into the UNet; the masks stay known."""
+        for bank in self.banks:
+            torch._foreach_copy_(bank.targets, bank.sources)
+
+    def require_gradients(self, masked: bool, others: bool) -> None:
+        """Which parameters backward serves; gradients of masked weights gather in ``Bank.grad``."""
+        inside = {layer.name for bank in self.banks for layer in bank.layers}
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(masked if name in inside else others)
+            parameter.grad = None
+        for bank in self.banks:
+            bank.grad = torch.zeros_like(bank.weights) if masked else None
+            bank.weights.grad = None
+            if masked:
+                for layer, view in zip(bank.layers, self._views(bank, bank.grad)):
+                    self.unet.get_parameter(layer.name).grad = view
+
+    def zero_grad(self) -> None:
+        """Empty the banks' gradients, and show them to an optimiser of the weights again."""
+        for bank in self.banks:
+            bank.weights.grad = bank.grad.zero_()
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors that an optimiser of the weights moves: the UNet's other parameters and the banks."""
+        inside = {layer.name for bank in self.banks for layer in bank.layers}
+        others = [p for name, p in self.unet.named_parameters() if name not in inside]
+        return others + [bank.weights.requires_grad_(True) for bank in self.banks]
+
+    def masks(self) -> list[Tensor]:
+        """A copy of the present masks, boolean ``[G, M]`` a bank."""
+        return [bank.mask.clone() for bank in self.banks]
+
+    def layer_masks(self) -> dict[str, Tensor]:
+        """Layer name to its boolean mask in the weight's own shape."""
         return {
-            layer.name: self._weight(layer) * pattern.ungroup(mask[layer.start : layer.stop], layer.shape)
-            for layer in self.layers
+            layer.name.removesuffix(".weight"): view.contiguous()
+            for bank in self.banks
+            for layer, view in zip(bank.layers, bank.covers)
         }
 
-    def forward(self, x: Tensor, t: Tensor, mask: Tensor | None = None):
-        """The UNet's output under ``mask`` (default: the top N of the logits)."""
-        weights = self.masked_weights(self.mask() if mask is None else mask)
-        return torch.func.functional_call(self.unet, weights, (x, t))
+    def set_layer_masks(self, given: dict[str, Tensor]) -> None:
+        """Take m0 layer by layer. ValueError names a layer that is missing or that does not fit."""
+        found = []
+        for bank in self.banks:
+            parts = []
+            for layer in bank.layers:
+                mask = given.get(layer.name.removesuffix(".weight"))
+                if mask is None or tuple(mask.shape) != layer.shape:
+                    why = "is not there" if mask is None else f"has the shape {tuple(mask.shape)}"
+                    raise ValueError(f"mask of {layer.name} {why}, the model needs {layer.shape}; use the same model")
+                groups = pattern.group(mask.to(bank.mask.device), bank.m)
+                if not (groups.sum(-1) == bank.n).all():
+                    raise ValueError(f"mask of {layer.name} is not {bank.pattern}; set mask.n and mask.m to its own")
+                parts.append(groups)
+            found.append(torch.cat(parts).float())
+        self.set_initial(found)
 
-    @torch.no_grad()
     def bake(self) -> nn.Module:
-        """Write the masks into the UNet's weights and return it."""
-        for name, weight in self.masked_weights(self.mask()).items():
-            self.unet.get_parameter(name).copy_(weight)
+        """The UNet with the present masks written into its weights."""
+        self.wear()
         return self.unet
 
     def layer_reports(self) -> list[LayerReport]:
-        """Per layer: eligibility, and compliance, density and balance of the present weights."""
-        rows = {layer.name: layer for layer in self.layers}
-        mask = self.mask()
+        """Per layer: eligibility, and compliance, density and balance of the present weights and masks."""
+        rows = {layer.name: (bank, layer) for bank in self.banks for layer in bank.layers}
         for report in self.reports:
-            layer = rows.get(f"{report.layer}.weight")
-            if layer is not None:
-                weight = self._weight(layer)
-                report.compliance = pattern.compliance(weight, self.n, self.m)
+            bank, layer = rows.get(f"{report.layer}.weight", (None, None))
+            if bank is not None:
+                weight = self.unet.get_parameter(layer.name).detach()
+                report.compliance = pattern.compliance(weight, bank.n, bank.m)
                 report.density = pattern.density(weight)
-                balance = pattern.position_balance(mask[layer.start : layer.stop])
+                balance = pattern.position_balance(bank.mask[layer.start : layer.stop])
                 report.position_balance = [round(share, 4) for share in balance.tolist()]
         return self.reports
 
-    def _weight(self, layer: MaskedLayer) -> Tensor:
-        return self.unet.get_parameter(layer.name)
 
+def layer_reports(unet: nn.Module, n: int, m: int, overrides: Overrides = ()) -> list[LayerReport]:
+    """Pattern and eligibility of every conv and linear weight, with the reason in words.
 
-def layer_reports(unet: nn.Module, m: int) -> list[LayerReport]:
-    """Eligibility of every conv and linear weight for groups of M, with the reason in words."""
+    ``overrides`` name layers by shell patterns (``up_blocks.*``) and give each a pattern or ``dense``.
+    """
     reports = []
     for name, module in unet.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
         shape = tuple(module.weight.shape)
-        excluded = next((why for prefix, why in EXCLUDED.items() if name.startswith(prefix)), None)
-        reason = excluded or pattern.ineligible(shape, m) or ""
-        groups = 0 if reason else module.weight.numel() // m
+        chosen, reason = _choose(name, Pattern(n, m), overrides)
+        reason = reason or pattern.ineligible(shape, chosen.m) or ""
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and not reason:
+            reason = "grouped convolution: its input channels are not shared"
+        groups = 0 if reason else module.weight.numel() // chosen.m
         kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
-        ready = not reason and pattern.tensor_core_ready(shape)
-        reports.append(LayerReport(name, kind, list(shape), not reason, reason, groups, ready))
+        ready = not reason and chosen == (2, 4) and pattern.tensor_core_ready(shape)
+        label = "dense" if reason else str(chosen)
+        reports.append(LayerReport(name, kind, list(shape), not reason, reason, groups, ready, pattern=label))
     return reports
 
 
-def require_eligible(unet: nn.Module, n: int, m: int) -> None:
-    """ValueError, in one line, when no layer can be masked or when two layers share a weight."""
-    reports = layer_reports(unet, m)
+def _choose(name: str, default: Pattern, overrides: Overrides) -> tuple[Pattern, str]:
+    """(pattern, reason to stay dense) of one layer."""
+    given = override(name, overrides)
+    if given is None:
+        return default, next((why for prefix, why in EXCLUDED.items() if name.startswith(prefix)), "")
+    found = parse_pattern(given)
+    return (default, "kept dense by the recipe or the allocation") if found is None else (found, "")
+
+
+def override(name: str, overrides: Overrides) -> str | None:
+    """What the overrides say of a layer, if anything."""
+    return next((text for match, text in reversed(overrides) if fnmatch.fnmatchcase(name, match)), None)
+
+
+def require_eligible(unet: nn.Module, n: int, m: int, overrides: Overrides = ()) -> None:
+    """ValueError, in one line, when no layer can be masked, two layers share a weight or a name matches none."""
+    reports = layer_reports(unet, n, m, overrides)
+    for match, _ in overrides:
+        if not any(fnmatch.fnmatchcase(report.layer, match) for report in reports):
+            example = reports[-1].layer if reports else "mid_block.*"
+            raise ValueError(f"mask.layers: {match!r} matches no layer; names look like {example}")
     if not any(report.eligible for report in reports):
         reasons = sorted({report.reason for report in reports})
         raise ValueError(f"mask {n}:{m}: no layer is eligible ({'; '.join(reasons)[:200]}); use a smaller m")

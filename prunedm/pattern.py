@@ -2,10 +2,14 @@
 
 Groups of M run along the **input channels**, for each output channel and each kernel position
 (NVIDIA 2:4, arXiv 2104.08378). Flattening ``C*R*S`` instead would straddle kernel positions, and no
-hardware can use that.
+hardware can use that. All figures of a group are sums over its M columns, written as M strided
+operations: on narrow ``[G, M]`` tensors torch's own ``topk`` and ``softmax`` cost five to ten times as
+much (``benchmarks/RESULTS.md``).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,22 +20,75 @@ def group(weight: Tensor, m: int) -> Tensor:
     channels = weight.shape[1]
     if channels % m:
         raise ValueError(f"{channels} input channels are not a multiple of M={m}")
-    last = weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
-    return last.reshape(-1, m)
+    return weight.movedim(1, -1).reshape(-1, m)
 
 
 def ungroup(groups: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     """The inverse of :func:`group` for a weight of this shape, contiguous."""
-    if len(shape) == 2:
-        return groups.reshape(shape)
-    out, channels, height, width = shape
-    return groups.reshape(out, height, width, channels).permute(0, 3, 1, 2).contiguous()
+    return unfold(groups, shape).contiguous()
+
+
+def unfold(groups: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """:func:`ungroup` without a copy: the groups seen as ``[K, C, R, S]`` or ``[K, C]``, strided."""
+    out, channels, *kernel = shape
+    return groups.view(out, *kernel, channels).movedim(-1, 1)
+
+
+def keep(scores: Tensor, n: int) -> Tensor:
+    """The n largest scores of each group, as a boolean mask ``[G, M]``; of equal ones the first wins.
+
+    By counting for each column how many beat it: M (M - 1) / 2 comparisons of whole columns.
+    """
+    columns = scores.unbind(-1)
+    ranks = [torch.zeros_like(columns[0], dtype=torch.int8) for _ in columns]
+    for i, column in enumerate(columns):
+        for j in range(i + 1, len(columns)):
+            beaten = columns[j] > column
+            ranks[i] += beaten
+            ranks[j] += beaten.logical_not_()
+    return torch.stack(ranks, -1) < n
 
 
 def top_n(scores: Tensor, n: int) -> Tensor:
-    """0/1 mask ``[G, M]`` of the n largest scores of each group, in the dtype of ``scores``."""
-    kept = scores.topk(n, dim=-1).indices
-    return torch.zeros_like(scores).scatter_(-1, kept, 1.0)
+    """0/1 mask ``[G, M]`` of the n largest scores of each group, in the dtype of ``scores``.
+
+    Of equal scores the one that stands first is kept, on every device.
+    """
+    return keep(scores, n).to(scores.dtype)
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over each group, ``[G]``."""
+    first, *others = values.unbind(-1)
+    summed = first.clone()
+    for column in others:
+        summed += column
+    return summed
+
+
+def others(values: Tensor) -> Tensor:
+    """Sum over the other members of the group, ``[G, M]``: added up, not subtracted from the total, which
+    would cancel where one member outweighs the rest."""
+    columns = values.unbind(-1)
+    summed = torch.zeros_like(values)
+    left, right = torch.zeros_like(columns[0]), torch.zeros_like(columns[0])
+    for i, column in enumerate(columns[:-1]):
+        left += column
+        summed[:, i + 1] += left
+    for i in range(len(columns) - 1, 0, -1):
+        right += columns[i]
+        summed[:, i - 1] += right
+    return summed
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """``softmax(logits)`` in each group, ``[G, M]``."""
+    first, *others = logits.unbind(-1)
+    largest = first.clone()
+    for column in others:
+        torch.maximum(largest, column, out=largest)
+    powers = (logits - largest[:, None]).exp_()
+    return powers.div_(total(powers)[:, None])
 
 
 def compliance(weight: Tensor, n: int, m: int) -> float:
@@ -50,19 +107,24 @@ def position_balance(mask: Tensor) -> Tensor:
     return kept / kept.sum().clamp(min=1)
 
 
-def mean_entropy(logits: Tensor) -> float:
-    """Mean entropy in bits of ``softmax(logits)`` of the groups ``[G, M]``: 0 to log2 M.
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in bits of ``softmax(logits)`` of each group, ``[G]``: 0 to log2 M.
 
     The entropy of one draw; that of the whole set of N (0 to log2 C(M, N)) has no cheap closed form
     and moves with it.
     """
-    p = logits.softmax(-1)
-    return -(p * p.clamp(min=1e-12).log2()).sum(-1).mean().item()
+    p = probabilities(logits)
+    return total(p * p.clamp(min=1e-12).log_()) * (-1 / math.log(2))
 
 
 def flips(mask: Tensor, reference: Tensor) -> float:
     """Share of groups whose mask differs from the reference's, 0 to 1."""
-    return mask.ne(reference).any(-1).double().mean().item()
+    return flipped(mask, reference).double().mean().item()
+
+
+def flipped(mask: Tensor, reference: Tensor) -> Tensor:
+    """Which groups differ, boolean ``[G]``."""
+    return total(mask.ne(reference).to(torch.int8)).ne(0)
 
 
 def ineligible(shape: torch.Size | tuple[int, ...], m: int) -> str | None:

@@ -24,7 +24,9 @@ def execute(
 
     ``stop`` is asked after each step; so is the run's stop file, through which other processes ask.
     """
-    with run.lock():
+    from . import training
+
+    with run.lock(), training.memory_kept():
         state = run.state()
         run.claim(state, "running")
         writer = MetricsWriter(run, state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -23,11 +23,37 @@ from pydantic import (
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("smoke", "balanced", "quality")
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}"
+LARGEST_M = 16
 DEVICE_PATTERN = r"auto|cpu|mps|cuda(:\d+)?"
 
 
 class RecipeError(ValueError):
     """Bad input, said in one line: the field, its value, the rule and the remedy."""
+
+
+class Pattern(NamedTuple):
+    """N kept of every M weights, 1 <= N < M <= 16."""
+
+    n: int
+    m: int
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def density(self) -> float:
+        return self.n / self.m
+
+
+def parse_pattern(text: str) -> Pattern | None:
+    """``"2:4"`` to a Pattern, ``"dense"`` to None. ValueError with value, rule and remedy otherwise."""
+    if text == "dense":
+        return None
+    found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text)
+    n, m = (int(part) for part in found.groups()) if found else (0, 0)
+    if not 1 <= n < m <= LARGEST_M:
+        raise ValueError(f"pattern {text!r} must be N:M with 1 <= N < M <= {LARGEST_M}, or dense; try 2:4")
+    return Pattern(n, m)
 
 
 class _Section(BaseModel):
@@ -36,6 +62,8 @@ class _Section(BaseModel):
 
 Steps = Annotated[int, Field(ge=0, le=10_000_000)]
 Rate = Annotated[float, Field(gt=0, le=10)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 class Model(_Section):
@@ -59,37 +87,103 @@ class Prune(_Section):
     finetune_steps: Steps = Field(200, description="training steps after the channels are gone")
 
 
+FIXED_METHODS = ("fixed", "random", "magnitude", "wanda", "fisher")  # masks that do not move
+METHODS = ("none", *FIXED_METHODS, "sr-ste", "gumbel", "reinforce", "offset")
+INITIALS = ("random", "magnitude", "wanda", "fisher")
+TIMESTEPS = ("uniform", "early", "late", "importance")
+
+
+class LayerPattern(_Section):
+    match: str = Field(min_length=1, description="layers by shell pattern, such as up_blocks.*")
+    pattern: str = Field(description="N:M, or dense")
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern(cls, value: str) -> str:
+        parse_pattern(value)
+        return value
+
+
 class Mask(_Section):
-    n: int = Field(2, ge=1, le=15, description="weights kept in each group")
-    m: int = Field(4, ge=2, le=16, description="weights in a group, along the input channels")
-    method: Literal["none", "magnitude", "gumbel", "reinforce"] = Field(
-        "gumbel", description="fixed by magnitude, learned by gumbel or reinforce, or none: no N:M stage"
+    n: int = Field(2, ge=1, le=LARGEST_M - 1, description="weights kept in each group")
+    m: int = Field(4, ge=2, le=LARGEST_M, description="weights in a group, along the input channels")
+    method: Literal[METHODS] = Field(  # type: ignore[valid-type]
+        "gumbel",
+        description="learned: gumbel, reinforce, or offset (beside the weights); baselines: random, magnitude, "
+        "wanda, fisher, fixed (as 'initial' says), sr-ste; none: no N:M stage",
+    )
+    layers: list[LayerPattern] = Field(
+        default_factory=list, description="patterns of single layers: [{match: up_blocks.*, pattern: '1:4'}]"
+    )
+    density: float | None = Field(
+        None, gt=0, lt=1, description="choose each layer's pattern to keep this share of the eligible weights"
+    )
+    initial: str | None = Field(
+        None, min_length=1, description="m0: random, magnitude, wanda, fisher, an earlier run or a masks file"
     )
     steps: Steps = Field(300, description="mask-learning steps")
     train_weights: bool = Field(False, description="train the weights while the masks learn")
     recover_steps: Steps = Field(200, description="training steps with the masks frozen")
     lr: Rate | None = Field(None, description="rate of the mask logits; empty: the method's own")
+    schedule: Schedule = Field("constant", description="how the masks' rate goes")
+    warmup: Share = Field(0.0, description="share of the mask steps in which their rate rises")
+    masks_from: Share = Field(0.0, description="share of the steps before the masks begin to learn")
+    masks_until: Share = Field(1.0, description="share of the steps after which the masks are frozen")
+    weights_from: Share = Field(0.0, description="share of the steps before the weights begin to train")
+    weights_until: Share = Field(1.0, description="share of the steps after which the weights are frozen")
     flip_budget: float | None = Field(
         None, gt=0, lt=1, description="share of groups a first sample changes; empty: the method's own"
     )
-
+    temperature: Literal["constant", "linear", "cosine", "exponential", "adaptive"] = Field(
+        "exponential", description="gumbel, offset: how the temperature falls; adaptive: with the entropy"
+    )
+    tau_start: float | None = Field(None, gt=0, le=100, description="first temperature; empty: the method's own")
+    tau_end: float | None = Field(None, gt=0, le=100, description="last temperature; empty: the method's own")
     normalize_advantage: bool = Field(
         True, description="reinforce: divide the advantage by its running spread; off is the paper's update"
     )
+    tracker_decay: float = Field(0.99, ge=0, lt=1, description="reinforce: memory of the loss tracker")
+    refresh: bool = Field(True, description="reinforce: measure against better masks once they are found")
+    samples: int = Field(1, ge=1, le=1024, description="reinforce: masks drawn and averaged in a step")
+    antithetic: bool = Field(False, description="reinforce: draw the masks in opposite pairs")
+    cached_batches: int = Field(
+        0, ge=0, le=100_000, description="reinforce: cycle over so many fixed batches and keep their f(m0); 0: off"
+    )
+    sr_decay: float = Field(2e-4, ge=0, le=1, description="sr-ste: decay of the pruned weights")
+    snapshot_every: int | None = Field(None, ge=1, description="steps between mask snapshots; empty: 20 in all")
 
     @model_validator(mode="after")
-    def _n_below_m(self) -> Mask:
+    def _agrees(self) -> Mask:
         if self.n >= self.m:
             raise ValueError(f"n={self.n} must be less than m={self.m}; try 2:4")
+        for a, b in (("masks_from", "masks_until"), ("weights_from", "weights_until")):
+            if getattr(self, a) >= getattr(self, b):
+                raise ValueError(f"{a}={getattr(self, a)} must be less than {b}={getattr(self, b)}; try 0 and 1")
+        if self.initial and self.method in ("none", "sr-ste", *INITIALS):
+            raise ValueError(f"initial={self.initial} has no use with method={self.method}; use fixed or a learned one")
+        if self.antithetic and self.samples % 2:
+            raise ValueError(f"antithetic draws masks in pairs and samples={self.samples} is odd; try 2")
+        if self.cached_batches and self.train_weights:
+            raise ValueError("cached_batches keeps losses of frozen weights; set train_weights to false")
         return self
 
 
 class Train(_Section):
-    lr: Rate = Field(2e-4, description="peak learning rate of the weights (AdamW, cosine)")
+    lr: Rate = Field(2e-4, description="peak learning rate of the weights (AdamW)")
+    schedule: Schedule = Field("cosine", description="how the rate goes after its warm-up")
+    warmup: Share = Field(0.05, description="share of the steps in which the rate rises")
+    clip: float = Field(1.0, gt=0, le=1e6, description="largest norm of the weights' gradient")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast where the GPU or CPU multiplies bf16 in hardware, else fp32"
     )
+    distill: float = Field(0.0, ge=0, le=1e4, description="weight of the distance to the dense model's prediction")
+    timesteps: Literal[TIMESTEPS] = Field(  # type: ignore[valid-type]
+        "uniform",
+        description="early: more of the noisy steps that sampling begins with; late: more of its last ones; "
+        "importance: where the loss is large, reweighted so as to stay unbiased",
+    )
+    min_snr: float | None = Field(None, gt=0, le=1e4, description="min-SNR loss weighting; 5 is its paper's gamma")
 
 
 class Eval(_Section):

@@ -47,6 +47,7 @@ class LayerReport:
     compliance: float | None = None
     density: float | None = None
     position_balance: list[float] | None = None
+    pattern: str = "dense"
 
 
 @dataclass

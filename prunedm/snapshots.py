@@ -1,6 +1,8 @@
 """Mask snapshots: packed bits in the run folder, and the small arrays that a heatmap draws.
 
-numpy only, so that a page can show a mask without loading torch.
+numpy only, so that a page can show a mask without loading torch. A snapshot is all masks of a run one
+after the other, each in the order of its groups ([K, R, S, C] flattened); ``offset`` in the run's layers
+says where each begins.
 """
 
 from __future__ import annotations
@@ -11,33 +13,33 @@ from typing import Any
 
 import numpy as np
 
+from .recipe import parse_pattern
 from .store import Run, write_npz
 
 LARGEST = 64  # heatmap cells a side
 
 
-def write(path: Path, mask: np.ndarray) -> None:
-    """A 0/1 mask ``[G, M]``, eight groups' positions a byte."""
-    write_npz(path, bits=np.packbits(mask.astype(bool)), shape=np.array(mask.shape))
+def write(path: Path, masks: list[np.ndarray]) -> None:
+    """0/1 masks ``[G, M]``, one a pattern, eight positions a byte."""
+    flat = np.concatenate([mask.ravel() for mask in masks])
+    write_npz(path, bits=np.packbits(flat.astype(bool)), count=np.array(flat.size))
 
 
 def read(path: Path) -> np.ndarray:
-    """The inverse of :func:`write`: uint8 ``[G, M]``."""
+    """The inverse of :func:`write`: uint8 ``[weights]``."""
     with np.load(path, allow_pickle=False) as archive:
-        bits, shape = archive["bits"], tuple(int(s) for s in archive["shape"])
-    return np.unpackbits(bits, count=math.prod(shape)).reshape(shape)
+        return np.unpackbits(archive["bits"], count=int(archive["count"]))
 
 
 def masked_layers(run: Run) -> list[dict[str, Any]]:
-    """The layers that carry masks, in the order of their rows."""
-    return [layer for layer in run.layers() if layer.get("start") is not None]
+    """The layers that carry masks, in the order of their weights in a snapshot."""
+    return sorted((la for la in run.layers() if la.get("offset") is not None), key=lambda la: la["offset"])
 
 
 def layer_mask(mask: np.ndarray, layer: dict[str, Any]) -> np.ndarray:
     """One layer's mask as ``[K, R*S, C]``: output channel, kernel position, input channel."""
-    rows = mask[layer["start"] : layer["start"] + layer["groups"]]
     shape = layer["shape"]
-    return rows.reshape(shape[0], math.prod(shape[2:]), shape[1])
+    return _cut(mask, layer).reshape(shape[0], math.prod(shape[2:]), shape[1])
 
 
 def kept_share(mask: np.ndarray, layer: dict[str, Any]) -> np.ndarray:
@@ -52,8 +54,14 @@ def changed_share(mask: np.ndarray, first: np.ndarray, layer: dict[str, Any]) ->
 
 def flips_by_layer(mask: np.ndarray, first: np.ndarray, layers: list[dict[str, Any]]) -> list[float]:
     """Share of each layer's groups that differ from the first snapshot."""
-    changed = (mask != first).any(1)
-    return [float(changed[la["start"] : la["start"] + la["groups"]].mean()) for la in layers]
+    changed = mask != first
+    return [
+        float(_cut(changed, layer).reshape(-1, parse_pattern(layer["pattern"]).m).any(1).mean()) for layer in layers
+    ]
+
+
+def _cut(flat: np.ndarray, layer: dict[str, Any]) -> np.ndarray:
+    return flat[layer["offset"] : layer["offset"] + math.prod(layer["shape"])]
 
 
 def shrink(values: np.ndarray, largest: int = LARGEST) -> np.ndarray:

@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
-from . import diffusion, evaluate, learn, pattern, pictures, report, snapshots, store, structured, unet
+from . import diffusion, evaluate, mask_stage, pictures, report, store, structured, unet
 from .data import Batches
+from .diffusion import Timesteps
 from .evaluate import image_seeds
 from .inputs import load_inputs, rounding
-from .learn import Task, Trainer
-from .masks import MaskedUNet
+from .learn import FixedMasks
+from .mask_stage import MaskStage
 from .progress import MetricsWriter
-from .recipe import Recipe
+from .recipe import FIXED_METHODS, Recipe
 from .records import STAGES, Step
 from .store import Run
+from .training import DenseLoss, Diverged, Learner, Task, Trainer, Weights, Window, use_bf16
 
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 20  # and at most a twentieth of the time goes into writing them
 PREVIEW_IMAGES, PREVIEW_STEPS = 16, 10
-SNAPSHOTS = 20  # mask snapshots over the mask stage
-WATCHED_EVERY = 10  # steps between entropy and flip figures
 
 
 class Pipeline:
@@ -114,8 +114,8 @@ class Pipeline:
         unet.fit_shapes(model, tensors)
         model.load_state_dict(tensors)
         model.to(self.device)
-        weights = self._weights(model, spec.finetune_steps)
-        yield from self._train("finetune", spec.finetune_steps, learn.DenseLoss(model), weights)
+        weights = Weights(model.parameters(), self.recipe.train, Window.of(spec.finetune_steps))
+        yield from self._train("finetune", spec.finetune_steps, self._task(), DenseLoss(model), weights)
         if spec.finetune_steps:
             weights.use_average()
         self._save_variant("structured", model.to("cpu"), found)
@@ -126,47 +126,52 @@ class Pipeline:
         if spec.method == "none":
             yield Step("mask", 0, 0)
             return
-        masked = self._masked()
-        self._write_layers(masked)
-        weights = self._weights(masked.unet, spec.steps) if spec.train_weights else None
-        steps = spec.steps
-        if spec.method == "magnitude":
-            masked.logits = masked.initial.clone()
-            learner, steps = learn.FixedMasks(masked), spec.steps if spec.train_weights else 0
-        else:
-            learner = learn.LEARNERS[spec.method](masked, spec, steps, self.recipe.seed)
+        task = self._task(cycle=spec.cached_batches)
+        stage = MaskStage(self.run, self.recipe)
+        yield from stage.begin(self._base(), task, self.images.held_out)
+        masked, learner = stage.masked, stage.learner
+        window = Window.of(spec.steps, spec.weights_from, spec.weights_until)
+        weights = Weights(masked.trainable(), self.recipe.train, window) if spec.train_weights else None
+        steps = 0 if spec.method in FIXED_METHODS and weights is None else spec.steps
         if not self.run.has_checkpoint("mask"):
-            self._snapshot(0, masked)
-            self._draw("mask", 0, masked)
-        yield from self._train("mask", steps, learner, weights, masked)
-        masked.logits = masked.logits.detach()
+            stage.snapshot(0)
+            self._draw("mask", 0, masked.unet)
+        try:
+            yield from self._train("mask", steps, task, learner, weights, stage)
+        except Diverged as error:
+            self._alert("mask", self.trainer.done, "not a number", str(error), "lower train.lr or mask.lr")
+            raise
         if weights is not None and steps:
             weights.use_average()
-        masked.to("cpu")
-        self._snapshot(max(steps, 1), masked)
+        learner.finish()
+        stage.snapshot(max(steps, 1))
         tensors = {f"unet.{k}": v for k, v in masked.unet.state_dict().items()}
-        tensors |= {"logits": masked.logits, "initial": masked.initial}
-        self.run.save_checkpoint("masked", tensors, {"n": spec.n, "m": spec.m})
+        tensors |= {f"mask.{i}": bank.mask for i, bank in enumerate(masked.banks)}
+        self.run.save_checkpoint("masked", tensors, {})
 
     def _recover(self) -> Iterator[Step]:
         spec = self.recipe.mask
         if spec.method == "none":
             yield Step("recover", 0, 0)
             return
-        masked = self._masked()
+        base = self._base()
         tensors, _ = self.run.load_checkpoint("masked")
-        masked.unet.load_state_dict({k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")})
-        masked.logits, masked.initial = tensors["logits"], tensors["initial"]
-        masked.to(self.device)
-        weights = self._weights(masked.unet, spec.recover_steps) if spec.recover_steps else None
-        yield from self._train("recover", spec.recover_steps, learn.FixedMasks(masked), weights, masked)
+        base.load_state_dict({k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")})
+        masked = mask_stage.restore(base, self.recipe, self.run.load_checkpoint(mask_stage.M0))
+        masked.wear([tensors[f"mask.{i}"].to(self.device) for i in range(len(masked.banks))])
+        weights = None
+        if spec.recover_steps:
+            weights = Weights(masked.trainable(), self.recipe.train, Window.of(spec.recover_steps))
+        learner = FixedMasks(masked, spec, spec.recover_steps, self.recipe.seed)
+        yield from self._train("recover", spec.recover_steps, self._task(), learner, weights)
         if weights is not None:
             weights.use_average()
-        masked.to("cpu").bake()
-        self._write_layers(masked)
-        record = {"pattern": f"{spec.n}:{spec.m}", "method": spec.method, "parent": self._parent()}
-        self._save_variant("nm", masked.unet, record)
-        self._draw("recover", spec.recover_steps, masked.unet)
+        baked = masked.bake().requires_grad_(False).to("cpu")
+        mask_stage.write_layers(self.run, masked)
+        label = mask_stage.pattern_label(masked)
+        mask_stage.write_masks(self.run, masked, self.recipe)
+        self._save_variant("nm", baked, {"pattern": label, "method": spec.method, "parent": self._parent()})
+        self._draw("recover", spec.recover_steps, baked)
 
     def _evaluate(self) -> Iterator[Step]:
         yield from evaluate.evaluate(self.run, self.recipe, self.images, self.device)
@@ -180,15 +185,12 @@ class Pipeline:
         self,
         stage: str,
         steps: int,
-        learner: learn.Learner,
-        weights: learn.Weights | None,
-        masked: MaskedUNet | None = None,
+        task: Task,
+        learner: Learner,
+        weights: Weights | None,
+        masks: MaskStage | None = None,
     ) -> Iterator[Step]:
         """Iterate a trainer from its checkpoint, with snapshots, previews and checkpoints."""
-        recipe = self.recipe
-        batches = Batches(self.images.train, recipe.data.batch_size, recipe.seed)
-        bf16 = learn.use_bf16(self.device, recipe.train.precision)
-        task = Task(self.model.scheduler, batches, recipe.seed, self.device, bf16)
         trainer = Trainer(stage, steps, task, learner, weights)
         found = self.run.load_checkpoint(stage)
         if found is not None:
@@ -199,43 +201,61 @@ class Pipeline:
         previewed = {max(1, steps // 2), max(1, steps // 4), max(1, steps * 3 // 4)} if steps > 1 else set()
         if steps < 200:
             previewed = {steps // 2} & previewed
-        every = max(1, steps // SNAPSHOTS)
         for step in trainer:
-            if masked is not None and stage == "mask":
-                last = step.step == steps
-                if step.step % WATCHED_EVERY == 0 or last:
-                    step.values |= watch(masked)
-                if step.step % every == 0 and not last:
-                    self._snapshot(step.step, masked)
+            if masks is not None:
+                for alert in masks.follow(step):
+                    self._alert(stage, step.step, **alert)
             if step.step in previewed:
-                self._draw(stage, step.step, masked or learner.unet)
+                self._preview(stage, step.step, learner)
             yield step
             if time.monotonic() - self.saved > self.checkpoint_after:
                 self.save_checkpoint()
 
-    def _masked(self) -> MaskedUNet:
-        """The structured variant (or the dense one) under fresh masks."""
+    def _task(self, cycle: int = 0) -> Task:
+        """The recipe's task; the teacher is the dense variant."""
+        recipe, spec = self.recipe, self.recipe.train
+        teacher = None
+        if spec.distill:
+            teacher = unet.load_unet(self.run.variant("dense") / "unet").requires_grad_(False).to(self.device)
+        timesteps = None
+        if spec.timesteps != "uniform":
+            timesteps = Timesteps(spec.timesteps, self.model.scheduler.config.num_train_timesteps)
+        return Task(
+            self.model.scheduler,
+            Batches(self.images.train, recipe.data.batch_size, recipe.seed),
+            recipe.seed,
+            self.device,
+            use_bf16(self.device, spec.precision),
+            timesteps,
+            spec.min_snr,
+            teacher,
+            spec.distill,
+            cycle,
+        )
+
+    def _alert(self, stage: str, step: int, what: str, text: str, remedy: str) -> None:
+        self.run.event("alert", stage=stage, step=step, what=what, text=text, remedy=remedy)
+        self.run.log(f"ALERT ({what}): {text}; {remedy}")
+
+    def _base(self) -> torch.nn.Module:
+        """The variant that stage 2 masks, on the run's device."""
         base = unet.load_unet(self.run.variant(self._parent()) / "unet")
-        base.requires_grad_(False)
-        return MaskedUNet(base, self.recipe.mask.n, self.recipe.mask.m).to(self.device)
+        return base.requires_grad_(False).to(self.device)
 
     def _parent(self) -> str:
         return "structured" if self.recipe.prune.target > 0 else "dense"
-
-    def _weights(self, model: torch.nn.Module, steps: int) -> learn.Weights:
-        return learn.Weights(model, self.recipe.train.lr, self.recipe.train.ema, steps)
 
     def _save_variant(self, name: str, model: torch.nn.Module, record: dict[str, Any] | None = None) -> None:
         record = {"variant": name, "run": self.run.id} | (record or {})
         unet.save(model, self.model.scheduler, self.run.variant(name), record)
 
-    def _write_layers(self, masked: MaskedUNet) -> None:
-        rows = {layer.name.removesuffix(".weight"): layer.start for layer in masked.layers}
-        reports = masked.layer_reports()
-        self.run.write_layers([vars(r) | {"start": rows.get(r.layer)} for r in reports])
-
-    def _snapshot(self, step: int, masked: MaskedUNet) -> None:
-        snapshots.write(self.run.snapshot_path("mask", step), masked.mask().detach().cpu().numpy())
+    def _preview(self, stage: str, step: int, learner: Learner) -> None:
+        """Draw the model of the moment: under the masks that would be chosen now."""
+        if isinstance(learner, FixedMasks):
+            learner.masked.wear(learner.choice())
+            self._draw(stage, step, learner.masked.unet)
+        else:
+            self._draw(stage, step, learner.unet)
 
     def _draw(self, stage: str, step: int, model: torch.nn.Module) -> None:
         """The same few seeds again, so that progress can be seen."""
@@ -245,13 +265,3 @@ class Pipeline:
         png = pictures.sheet_png(diffusion.to_uint8(images), info)
         store.write_atomic(self.run.sample_path(stage, step), png)
         self.run.event("sample", stage=stage, step=step)
-
-
-def watch(masked: MaskedUNet) -> dict[str, float]:
-    """Entropy and flips of the logits at hand."""
-    with torch.no_grad():
-        mask = masked.mask()
-        return {
-            "entropy": pattern.mean_entropy(masked.logits),
-            "flips": pattern.flips(mask, masked.initial),
-        }

@@ -2,7 +2,8 @@
 
 ::
 
-    runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  log.txt  evaluation.json
+    runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  mask-layers.jsonl  log.txt
+                layers.json  allocation.json  evaluation.json
                 masks/*.npz  samples/*.png  checkpoints/*.safetensors  variants/<name>/...  report.html
 
 JSON files are replaced atomically; JSONL files only grow, and a line that a crash tore is ignored by
@@ -33,8 +34,10 @@ from .records import ACTIVE, STAGES, VARIANTS, LayerReport, RunState, Status
 if TYPE_CHECKING:
     from torch import Tensor
 
+MASKS = "masks.safetensors"  # in the N:M variant's folder, with its manifest (maskfile.py)
 VARIANT_RECORD = "prunedm.json"  # in a variant's folder, written last: what was done to it
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+MASK_LAYERS = "mask-layers.jsonl"
 SCHEMA = 1
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
@@ -204,12 +207,16 @@ class Run:
         """One record a step: ``{"stage", "step", "time", ...}``."""
         return read_jsonl(self.folder / "metrics.jsonl")
 
+    def mask_layers(self) -> list[dict[str, Any]]:
+        """One record a mask snapshot: lists of figures, one entry a masked layer."""
+        return read_jsonl(self.folder / MASK_LAYERS)
+
     def events(self) -> list[dict[str, Any]]:
         return read_jsonl(self.folder / "events.jsonl")
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop what a killed process recorded of ``stage`` beyond its checkpoint at ``step``."""
-        for name in ("metrics.jsonl", "events.jsonl"):
+        for name in ("metrics.jsonl", "events.jsonl", MASK_LAYERS):
             path = self.folder / name
             records = read_jsonl(path)
             kept = [r for r in records if r.get("stage") != stage or r.get("step", 0) <= step]
@@ -290,6 +297,17 @@ class Run:
 
     def write_layers(self, value: list[dict[str, Any]]) -> None:
         write_json(self.folder / "layers.json", value)
+
+    def allocation(self) -> dict[str, Any]:
+        """The budgeted allocation of patterns (allocate.py); empty when the recipe asks for none."""
+        path = self.folder / "allocation.json"
+        found = read_json(path) if path.exists() else {}
+        if not isinstance(found, dict) or (found and not _all_have(found.get("layers", [None]), {"layer", "chosen"})):
+            raise StoreError(f"{path} is damaged; delete it and resume the run")
+        return found
+
+    def write_allocation(self, value: dict[str, Any]) -> None:
+        write_json(self.folder / "allocation.json", value)
 
     def _made(self, name: str) -> Path:
         folder = self.folder / name

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
     "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots", "pictures", "pattern",
-    "unet", "data", "diffusion", "masks", "structured", "learn", "metrics", "latency",
-    "environment", "evaluate", "report", "inputs", "stages", "pipeline", "jobs", "__main__",
+    "unet", "data", "diffusion", "masks", "maskfile", "structured", "training", "importance", "learn",
+    "diagnostics", "allocate", "metrics", "latency", "environment", "evaluate", "report", "inputs", "mask_stage",
+    "stages", "pipeline", "jobs", "__main__",
 ]  # fmt: skip
 
 

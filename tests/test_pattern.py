@@ -66,8 +66,23 @@ def test_flips_and_position_balance():
 
 
 def test_entropy_runs_from_certain_to_even():
-    assert pattern.mean_entropy(torch.zeros(3, 4)) == pytest.approx(2.0, abs=1e-6)
-    assert pattern.mean_entropy(torch.tensor([[100.0, 0, 0, 0]])) == pytest.approx(0.0, abs=1e-6)
+    assert pattern.entropy(torch.zeros(3, 4)).tolist() == pytest.approx([2.0] * 3, abs=1e-6)
+    assert pattern.entropy(torch.tensor([[100.0, 0, 0, 0]])).item() == pytest.approx(0.0, abs=1e-6)
+
+
+@given(st.integers(2, 16), st.integers(0, 1000))
+def test_columnwise_figures_equal_torchs_own(m, seed):
+    values = torch.randn(7, m, generator=torch.Generator().manual_seed(seed)) * 5
+    assert torch.allclose(pattern.probabilities(values), values.softmax(-1), atol=1e-6)
+    assert torch.allclose(pattern.total(values), values.sum(-1), atol=1e-5)
+    for n in range(1, m):
+        kept = torch.zeros_like(values).scatter_(-1, values.topk(n, dim=-1).indices, 1.0)
+        assert torch.equal(pattern.top_n(values, n), kept)
+
+
+def test_of_equal_scores_the_first_is_kept():
+    assert pattern.top_n(torch.zeros(1, 4), 2).tolist() == [[1, 1, 0, 0]]
+    assert pattern.top_n(torch.tensor([[0.0, 1, 1, 1]]), 2).tolist() == [[0, 1, 1, 0]]
 
 
 def test_ineligible_says_why():

@@ -1,0 +1,111 @@
+"""Validation loss of masks on the bundled dense model, method by method: one JSON line a result.
+
+    .venv/bin/python benchmarks/mask_quality.py --set mask.method=gumbel --steps 1000 --seeds 0 1 2
+
+``--set`` takes any field of the recipe. Weights stay frozen unless ``mask.train_weights=true``; then the
+averaged weights are judged, after ``--recover`` more steps with the masks frozen. ``--seconds`` of work are
+counted without the looks at the validation loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from prunedm import data, diffusion, importance, learn, masks, pattern, recipe, training, unet  # noqa: E402
+from prunedm.diffusion import Timesteps  # noqa: E402
+
+IMAGES = 1024
+LOOKS = 4
+
+
+def validation(images: data.Images, scheduler) -> list[diffusion.NoisedBatch]:
+    held_out = data.to_float(images.held_out[:IMAGES])
+    return diffusion.validation_batches(scheduler, held_out, IMAGES, 128, 0)
+
+
+def one(spec: recipe.Recipe, seed: int, images: data.Images) -> None:
+    model, device = unet.load("bundled"), torch.device("cpu")
+    batches = validation(images, model.scheduler)
+
+    def judge(net: torch.nn.Module) -> float:
+        return diffusion.validation_loss(lambda x, t: net(x, t).sample, batches)
+
+    dense = judge(model.unet)
+    train = spec.train
+    task = training.Task(
+        model.scheduler,
+        data.Batches(images.train, spec.data.batch_size, seed),
+        seed,
+        device,
+        training.use_bf16(device, train.precision),
+        None if train.timesteps == "uniform" else Timesteps(train.timesteps, 1000),
+        train.min_snr,
+        unet.load("bundled").unet if train.distill else None,
+        train.distill,
+        spec.mask.cached_batches,
+    )
+    overrides = [(layer.match, layer.pattern) for layer in spec.mask.layers]
+    masked = masks.MaskedUNet(model.unet, spec.mask.n, spec.mask.m, overrides)
+    kind = spec.mask.initial or (spec.mask.method if spec.mask.method in recipe.INITIALS else "magnitude")
+    masked.set_initial(importance.weight_scores(masked, kind, task))
+    first = judge(masked.unet)
+    steps = spec.mask.steps
+    learner = learn.METHODS[spec.mask.method](masked, spec.mask, steps, seed)
+    window = training.Window.of(steps, spec.mask.weights_from, spec.mask.weights_until)
+    weights = training.Weights(masked.trainable(), train, window) if spec.mask.train_weights else None
+    m0 = masked.masks()
+    worked, curve = 0.0, []
+    line = {"method": spec.mask.method, "pattern": f"{spec.mask.n}:{spec.mask.m}", "seed": seed, "steps": steps}
+
+    def look(step: int) -> None:
+        kept = masked.masks()
+        masked.wear(learner.choice())
+        curve.append((step, round(judge(masked.unet), 5)))
+        masked.wear(kept)
+        print(f"# {line['method']} {line['pattern']} step {step}: {curve[-1][1]} ({worked:.0f} s)", flush=True)
+
+    trainer = training.Trainer("mask", steps, task, learner, weights)
+    running = iter(trainer if spec.mask.method not in recipe.FIXED_METHODS or weights else ())
+    while True:
+        started = time.perf_counter()
+        step = next(running, None)
+        worked += time.perf_counter() - started
+        if step is None:
+            break
+        if step.step % max(1, steps // LOOKS) == 0 and step.step < steps:
+            look(step.step)
+    if learner.learns and learner.window.last >= steps:
+        learner.settle()
+    if weights is not None:
+        weights.use_average()
+        masked.wear()
+    final = judge(masked.unet)
+    flipped = sum(pattern.flips(a, b.mask) * len(a) for a, b in zip(m0, masked.banks)) / sum(map(len, m0))
+    removed = (first - final) / (first - dense)
+    line |= {"dense": dense, "first": first, "final": final, "removed": removed, "flipped": flipped, "curve": curve}
+    print(json.dumps(line | {"seconds": round(worked), "threads": torch.get_num_threads()}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--set", dest="assignments", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    arguments = parser.parse_args()
+    spec = recipe.resolve(assignments=[*arguments.assignments, f"mask.steps={arguments.steps}"])
+    images = data.load_bundled()
+    for seed in arguments.seeds:
+        one(spec, seed, images)
+
+
+if __name__ == "__main__":
+    with training.memory_kept():
+        main()

@@ -1,0 +1,109 @@
+"""What can be seen of masks while they learn, cheaply, and when to raise an alarm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import pattern
+from .learn import FixedMasks, OffsetMasks
+from .masks import Bank, MaskedUNet
+
+COLLAPSED = 1e-4  # share of groups that a sample still changes
+EARLY, MOVED_BY = 0.5, 0.25  # shares of the steps
+
+
+class Watcher:
+    """Follows one mask stage. ``raised``: alerts that an earlier process of this run has already given."""
+
+    def __init__(self, masked: MaskedUNet, learner: FixedMasks, raised: set[str]) -> None:
+        self.masked, self.learner, self.raised = masked, learner, raised
+        self.previous: list[Tensor] | None = None  # the choice at the last snapshot
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
+        """Over all layers: entropy of a draw (bits), mean top probability, flips of the choice against m0,
+        and the share of groups in which the sample at hand differs from the choice."""
+        chosen, banks, logits = self.learner.choice(), self.masked.banks, self.learner.logits()
+        found = {
+            "flips": _share(pattern.flipped(mask, bank.initial) for mask, bank in zip(chosen, banks)),
+        }
+        if logits:
+            found["entropy"] = _share(pattern.entropy(values) for values in logits)
+            found["top_probability"] = _share(pattern.probabilities(values).amax(-1) for values in logits)
+            found["sample_flips"] = _share(pattern.flipped(mask, bank.mask) for mask, bank in zip(chosen, banks))
+        return found
+
+    @torch.no_grad()
+    def layers(self) -> dict[str, Any]:
+        """Per layer, in the order of the banks: the same figures, flips since the last look, compliance and
+        position balance (entropy of the kept positions over log2 M: 1 is even)."""
+        chosen, logits = self.learner.choice(), self.learner.logits()
+        found: dict[str, list[float]] = {}
+        for i, bank in enumerate(self.masked.banks):
+            mask, rows = chosen[i], bank.rows()
+            columns = {
+                "flips": pattern.flipped(mask, bank.initial),
+                "compliance": pattern.total(mask.to(torch.int8)) <= bank.n,
+            }
+            if self.previous is not None:
+                columns["moved"] = pattern.flipped(mask, self.previous[i])
+            if logits:
+                columns["entropy"] = pattern.entropy(logits[i])
+                columns["top_probability"] = pattern.probabilities(logits[i]).amax(-1)
+            for name, values in columns.items():
+                found.setdefault(name, []).extend(_means(values, rows, len(bank.layers)))
+            found.setdefault("position_balance", []).extend(_evenness(bank, mask, rows))
+        self.previous = [mask.clone() for mask in chosen]
+        return found
+
+    def alerts(self, step: int, figures: dict[str, float]) -> Iterator[dict[str, str]]:
+        """Alarms that these figures are a reason for, each once: what, text and remedy."""
+        for what, text, remedy in self._alarms(step, figures):
+            if what not in self.raised:
+                self.raised.add(what)
+                yield {"what": what, "text": text, "remedy": remedy}
+
+    def _alarms(self, step: int, figures: dict[str, float]) -> Iterator[tuple[str, str, str]]:
+        window = self.learner.window
+        share = (step - window.first) / max(1, window.last - window.first)
+        if not self.learner.learns or not 0 < share <= 1:
+            return
+        draws = "sample_flips" in figures and not isinstance(self.learner, OffsetMasks)
+        if draws and share < EARLY and figures["sample_flips"] < COLLAPSED:
+            yield (
+                "collapse",
+                f"the masks have nearly stopped varying at {share:.0%} of their steps "
+                f"(a sample changes {figures['sample_flips']:.4%} of the groups)",
+                "lower mask.lr or raise mask.flip_budget",
+            )
+        if share >= MOVED_BY and figures["flips"] == 0:
+            yield (
+                "no movement",
+                f"no group differs from the initial mask after {share:.0%} of the mask steps",
+                "raise mask.lr or mask.flip_budget, or give more mask.steps",
+            )
+
+
+def _share(per_group: Any) -> float:
+    """Mean over the groups of all banks."""
+    parts = [values.double() for values in per_group]
+    return (sum(values.sum() for values in parts) / sum(len(values) for values in parts)).item()
+
+
+def _means(values: Tensor, rows: Tensor, count: int) -> list[float]:
+    """Mean of each layer's groups, in one scatter."""
+    sums = torch.zeros(count, dtype=torch.float64, device=values.device)
+    sums.index_add_(0, rows, values.double())
+    return [round(x, 5) for x in (sums / torch.bincount(rows, minlength=count)).tolist()]
+
+
+def _evenness(bank: Bank, mask: Tensor, rows: Tensor) -> list[float]:
+    counts = torch.zeros(len(bank.layers), bank.m, dtype=torch.float64, device=mask.device)
+    counts.index_add_(0, rows, mask.double())
+    p = counts / counts.sum(-1, keepdim=True)
+    bits = -(p * p.clamp(min=1e-12).log2()).sum(-1)
+    return [round(x, 5) for x in (bits / torch.tensor(float(bank.m)).log2()).tolist()]

@@ -1,0 +1,287 @@
+"""Training, whatever is trained: the task, the weights' optimiser, and a loop that yields a Step record a step.
+
+Whoever iterates owns logging, checkpoints and stopping. Each random number is a function of the seed
+and the step, so a trainer that loads a checkpoint goes on exactly as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import math
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from . import diffusion
+from .data import Batches
+from .diffusion import NoisedBatch, Timesteps
+from .recipe import Train
+from .records import Step
+from .seeds import generator
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGEST_KEPT = 1 << 30
+
+
+def use_bf16(device: torch.device, precision: str) -> bool:
+    """Whether training autocasts to bf16: ``auto`` does where the hardware multiplies bf16 by itself."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+@contextmanager
+def numerics(model: nn.Module, device: torch.device, bf16: bool) -> Iterator[None]:
+    """Autocast for one forward pass of a model.
+
+    One pass and no more: autocast keeps the casts of parameters, which masks change between passes. On a
+    CPU, bf16 attention goes by plain products: flash attention's backward is slow there, and the checks
+    of torch's own fallback take a tenth of the pass.
+    """
+    with ExitStack() as stack:
+        if bf16:
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+            if device.type == "cpu":
+                stack.enter_context(_plain_attention(model))
+        yield
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    from diffusers.models.attention_processor import Attention, AttnProcessor
+
+    found = [(module, module.processor) for module in model.modules() if isinstance(module, Attention)]
+    for module, _ in found:
+        module.processor = AttnProcessor()
+    try:
+        yield
+    finally:
+        for module, processor in found:
+            module.processor = processor
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Let glibc keep what tensors free instead of returning it: page faults cost an eighth of a step here.
+
+    It is given back at the end. Other C libraries are left as they are.
+    """
+    libc = _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+    libc.mallopt(M_TRIM_THRESHOLD, LARGEST_KEPT)
+    try:
+        yield
+    finally:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+@dataclass
+class Task:
+    """What is trained on: scheduler, images and seed; one batch a step.
+
+    teacher: a dense model whose prediction is matched with weight ``distill``. cycle: how many batches
+    come round again and again (0: never the same twice).
+    """
+
+    scheduler: object
+    batches: Batches
+    seed: int
+    device: torch.device
+    bf16: bool
+    timesteps: Timesteps | None = None
+    min_snr: float | None = None
+    teacher: nn.Module | None = None
+    distill: float = 0.0
+    cycle: int = 0
+
+    def batch(self, stage: str, step: int) -> NoisedBatch:
+        """Images, timesteps and noise of this step of this stage."""
+        step = step % self.cycle if self.cycle else step
+        x0 = self.batches.at(step, self.device)
+        gen = generator(self.seed, stage, "noise", step)
+        batch = diffusion.noised(self.scheduler, x0, gen, timesteps=self.timesteps, min_snr=self.min_snr)
+        if self.teacher is None or not self.distill:
+            return batch
+        with numerics(self.teacher, self.device, self.bf16), torch.no_grad():
+            prediction = self.teacher(batch.x_t, batch.t).sample.float()
+        return dataclasses.replace(batch, teacher=prediction, distill=self.distill)
+
+    def losses(self, denoiser: nn.Module, batch: NoisedBatch) -> Tensor:
+        """What is minimised, ``[B]``, in the task's precision; the timestep sampler looks on."""
+        with numerics(denoiser, self.device, self.bf16):
+            objective, error = diffusion.losses(lambda x, t: denoiser(x, t).sample, batch)
+        if self.timesteps is not None:
+            self.timesteps.observe(batch.t.cpu(), error.detach().float().cpu())
+        return objective
+
+
+def rate_at(schedule: str, peak: float, warmup: float, step: int, steps: int) -> float:
+    """The rate of one step: a linear warm-up over a share of the steps, then constant, linear or cosine to zero."""
+    rising = max(1, round(steps * warmup)) if warmup else 0
+    if step < rising:
+        return peak * (step + 1) / rising
+    share = (step - rising) / max(1, steps - rising)
+    falling = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+    return peak * falling[schedule]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps of a stage in which something moves: first <= step < last."""
+
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, steps: int, since: float = 0.0, until: float = 1.0) -> Window:
+        return cls(round(steps * since), max(round(steps * until), round(steps * since) + 1))
+
+    def holds(self, step: int) -> bool:
+        return self.first <= step < self.last
+
+    def rate(self, schedule: str, peak: float, warmup: float, step: int) -> float:
+        return rate_at(schedule, peak, warmup, step - self.first, self.last - self.first)
+
+
+class Weights:
+    """Weights in training: AdamW, scheduled rate, gradient clipping, exponential average (diffusers')."""
+
+    def __init__(self, parameters: Iterable[Tensor], spec: Train, window: Window) -> None:
+        from diffusers.training_utils import EMAModel
+
+        self.parameters = list(parameters)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.spec, self.window = spec, window
+        fused = self.parameters[0].device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=0.0, fused=fused)
+        self.ema = EMAModel(self.parameters, decay=spec.ema, foreach=True)
+
+    def update(self, step: int) -> dict[str, float]:
+        """One optimiser step on the gradients at hand; the figures to record."""
+        rate = self.window.rate(self.spec.schedule, self.spec.lr, self.spec.warmup, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.parameters)
+        return {"lr": rate, "grad_norm": norm.item()}
+
+    def use_average(self) -> None:
+        """Put the averaged weights in place."""
+        self.ema.copy_to(self.parameters)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {}
+        for i, parameter in enumerate(self.parameters):
+            found |= {f"weight.{i}": parameter, f"ema.{i}": self.ema.shadow_params[i]}
+            found |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state[parameter].items()}
+        return found | {"ema_step": torch.tensor(self.ema.optimization_step)}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for i, parameter in enumerate(self.parameters):
+            parameter.copy_(tensors[f"weight.{i}"])
+            self.ema.shadow_params[i].copy_(tensors[f"ema.{i}"])
+            self.optimizer.state[parameter] = adam_state(tensors, f"adam.{i}.", parameter)
+        self.ema.optimization_step = int(tensors["ema_step"])
+
+
+def adam_state(tensors: dict[str, Tensor], prefix: str, like: Tensor) -> dict[str, Tensor]:
+    """Adam's moments and its step counter (fused Adam keeps that beside them) on the parameter's device."""
+    return {k.removeprefix(prefix): v.to(like.device) for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class Learner(Protocol):
+    """What a trainer drives: DenseLoss below, and the mask methods of learn.py."""
+
+    def prepare(self, step: int, train: bool) -> None:
+        """Called before each step; ``train``: whether the weights move in it."""
+
+    def step(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
+        """Forward and backward; moves its own parameters and leaves the weights' gradients."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+class DenseLoss:
+    """No masks: plain fine-tuning through the same loop."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet = unet
+
+    def prepare(self, step: int, train: bool) -> None:
+        pass
+
+    def step(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
+        value = task.losses(self.unet, batch).mean()
+        value.backward()
+        return {"loss": value.item()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        pass
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a number."""
+
+
+class Trainer:
+    """A stage of training: a learner, maybe weights, so many steps; resumable at any of them."""
+
+    def __init__(self, stage: str, steps: int, task: Task, learner: Learner, weights: Weights | None) -> None:
+        self.stage, self.steps, self.task = stage, steps, task
+        self.learner, self.weights, self.done = learner, weights, 0
+
+    def __iter__(self) -> Iterator[Step]:
+        """Train to the end, yielding after each step; raises Diverged when the loss is not finite."""
+        while self.done < self.steps:
+            step = self.done
+            train = self.weights is not None and self.weights.window.holds(step)
+            self.learner.prepare(step, train)
+            values = self.learner.step(self.task, self.task.batch(self.stage, step), step, train)
+            self._require_finite("loss", values["loss"])
+            if train:
+                values |= self.weights.update(step)
+                self._require_finite("gradient norm", values["grad_norm"])
+            self.done = step + 1
+            yield Step(self.stage, self.done, self.steps, values)
+
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            where = f"at step {self.done + 1} of {self.stage}"
+            raise Diverged(f"the {what} became {value} {where}; lower train.lr or mask.lr")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on."""
+        found = self.learner.tensors() | (self.weights.tensors() if self.weights else {})
+        return found | (self.task.timesteps.tensors() if self.task.timesteps else {})
+
+    def load(self, tensors: dict[str, Tensor], done: int) -> None:
+        if self.weights is not None:
+            self.weights.load(tensors)
+        if self.task.timesteps is not None:
+            self.task.timesteps.load(tensors)
+        self.learner.load(tensors)
+        self.done = done
