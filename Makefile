@@ -25,7 +25,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 
 bench: .venv/.dev browser
-	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/app.py
 
 screenshots: .venv/.dev browser

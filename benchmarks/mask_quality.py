@@ -3,8 +3,7 @@
     .venv/bin/python benchmarks/mask_quality.py --set mask.method=gumbel --steps 1000 --seeds 0 1 2
 
 ``--set`` takes any field of the recipe. Weights stay frozen unless ``mask.train_weights=true``; then the
-averaged weights are judged, after ``--recover`` more steps with the masks frozen. ``--seconds`` of work are
-counted without the looks at the validation loss.
+averaged weights are judged. Seconds are those of the steps, without the looks at the validation loss.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from prunedm import data, diffusion, importance, learn, masks, pattern, recipe, training, unet  # noqa: E402
-from prunedm.diffusion import Timesteps  # noqa: E402
+from prunedm import data, diffusion, learn, mask_stage, masks, pattern, recipe, training, unet  # noqa: E402
 
 IMAGES = 1024
 LOOKS = 4
@@ -39,23 +37,13 @@ def one(spec: recipe.Recipe, seed: int, images: data.Images) -> None:
         return diffusion.validation_loss(lambda x, t: net(x, t).sample, batches)
 
     dense = judge(model.unet)
-    train = spec.train
-    task = training.Task(
-        model.scheduler,
-        data.Batches(images.train, spec.data.batch_size, seed),
-        seed,
-        device,
-        training.use_bf16(device, train.precision),
-        None if train.timesteps == "uniform" else Timesteps(train.timesteps, 1000),
-        train.min_snr,
-        unet.load("bundled").unet if train.distill else None,
-        train.distill,
-        spec.mask.cached_batches,
-    )
+    train, spec = spec.train, spec.model_copy(update={"seed": seed})
+    teacher = unet.load("bundled").unet.requires_grad_(False) if train.distill else None
+    task = training.Task.of(spec, model.scheduler, images.train, device, teacher)
+    task.cycle = spec.mask.cached_batches
     overrides = [(layer.match, layer.pattern) for layer in spec.mask.layers]
     masked = masks.MaskedUNet(model.unet, spec.mask.n, spec.mask.m, overrides)
-    kind = spec.mask.initial or (spec.mask.method if spec.mask.method in recipe.INITIALS else "magnitude")
-    masked.set_initial(importance.weight_scores(masked, kind, task))
+    mask_stage.set_initial(masked, spec, task)
     first = judge(masked.unet)
     steps = spec.mask.steps
     learner = learn.METHODS[spec.mask.method](masked, spec.mask, steps, seed)
@@ -82,11 +70,9 @@ def one(spec: recipe.Recipe, seed: int, images: data.Images) -> None:
             break
         if step.step % max(1, steps // LOOKS) == 0 and step.step < steps:
             look(step.step)
-    if learner.learns and learner.window.last >= steps:
-        learner.settle()
     if weights is not None:
         weights.use_average()
-        masked.wear()
+    learner.finish()
     final = judge(masked.unet)
     flipped = sum(pattern.flips(a, b.mask) * len(a) for a, b in zip(m0, masked.banks)) / sum(map(len, m0))
     removed = (first - final) / (first - dense)

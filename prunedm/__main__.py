@@ -1,4 +1,4 @@
-"""The command line: ``python -m prunedm run|resume|ls|show|doctor``.
+"""The command line: ``python -m prunedm run|resume|ls|show|doctor|masks``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import mask_commands
+from .mask_commands import AsJson, RunsDir
+
 if TYPE_CHECKING:
     from .recipe import Recipe
     from .store import Run
@@ -28,8 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RunsDir = Annotated[Path, typer.Option("--runs-dir", envvar="PRUNEDM_RUNS", help="folder of the runs")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on the last line")]
+app.add_typer(mask_commands.app, name="masks")
 
 
 @app.command("run")

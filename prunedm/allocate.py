@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from . import importance, masks, pattern
-from .diffusion import NoisedBatch, validation_loss
+from .data import to_float
+from .diffusion import NoisedBatch, validation_batches, validation_loss
 from .masks import MaskedUNet, Overrides
 from .recipe import parse_pattern
 from .training import Task
@@ -148,3 +149,9 @@ def _kept(weights: int, name: str) -> int:
 
 def _names(masked: MaskedUNet) -> list[str]:
     return [layer.name.removesuffix(".weight") for bank in masked.banks for layer in bank.layers]
+
+
+def held_out_batches(task: Task, images: Tensor, count: int, seed: int) -> list[NoisedBatch]:
+    """Fixed batches of the last held-out images, which the evaluation does not look at when there are enough."""
+    last = to_float(images[-count:], task.device)
+    return validation_batches(task.scheduler, last, count, count, seed)

@@ -186,11 +186,11 @@ def validation_loss(denoiser: Denoiser, batches: list[NoisedBatch]) -> float:
 
 
 @torch.no_grad()
-def loss_by_bin(denoiser: Denoiser, batches: list[NoisedBatch], steps: int) -> list[float]:
-    """:func:`validation_loss` of each timestep bin, the cleanest first, ``[TIMESTEP_BINS]`` of ``steps``."""
+def loss_by_bin(denoiser: Denoiser, batches: list[NoisedBatch], steps: int) -> list[float | None]:
+    """:func:`validation_loss` of each timestep bin, the cleanest first; None where no image fell into it."""
     errors = torch.cat([per_image_loss(denoiser, batch) for batch in batches]).cpu()
     bins = bin_of(torch.cat([batch.t for batch in batches]).cpu(), steps)
-    return [errors[bins == b].mean().item() for b in range(TIMESTEP_BINS)]
+    return [errors[bins == b].mean().item() if (bins == b).any() else None for b in range(TIMESTEP_BINS)]
 
 
 def make_sampler(name: str, scheduler, steps: int):

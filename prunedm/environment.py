@@ -68,7 +68,7 @@ def checks(runs_dir: Path) -> list[Check]:
 
 
 def _machine_checks() -> list[Check]:
-    from .learn import use_bf16
+    from .training import use_bf16
     from .unet import resolve_device
 
     here, device = machine(), resolve_device("auto")

@@ -44,16 +44,19 @@ def set_initial(masked: MaskedUNet, recipe: Recipe, task: Task) -> None:
         masked.set_layer_masks(maskfile.read(maskfile.locate(Path(kind))))
 
 
-def baseline(unet: nn.Module, masked: MaskedUNet, scheduler, held_out: torch.Tensor, seed: int) -> dict[str, Any]:
-    """Loss of the dense weights and under m0, for each timestep bin (the cleanest first) and over all."""
-    device = next(unet.parameters()).device
+def baseline(masked: MaskedUNet, scheduler, held_out: torch.Tensor, seed: int) -> dict[str, Any]:
+    """Loss of the dense weights and under m0, for each timestep bin (the cleanest first) and over all.
+
+    On the first held-out images with fixed noise; a bin without a timestep is None.
+    """
+    device = next(masked.unet.parameters()).device
     count = min(BASELINE_IMAGES, len(held_out))
     batches = diffusion.validation_batches(scheduler, data.to_float(held_out[:count], device), count, 128, seed)
     steps = scheduler.config.num_train_timesteps
 
     def losses() -> tuple[list[float], float]:
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return unet(x, t).sample
+            return masked(x, t).sample
 
         return diffusion.loss_by_bin(predict, batches, steps), diffusion.validation_loss(predict, batches)
 
@@ -80,7 +83,8 @@ class MaskStage:
             overrides = yield from self._patterns(base, task, held_out)
             self.masked = MaskedUNet(base, spec.n, spec.m, overrides)
             set_initial(self.masked, self.recipe, task)
-            self._record_baseline(base, task, held_out)
+            found = baseline(self.masked, task.scheduler, held_out, self.recipe.eval.seed)
+            self.run.event("baseline", initial=initial_kind(self.recipe), **found)
             tensors = {f"initial.{i}": bank.initial for i, bank in enumerate(self.masked.banks)}
             self.run.save_checkpoint(M0, tensors, {"overrides": overrides})
         else:
@@ -107,10 +111,6 @@ class MaskStage:
             f"predicted loss increase {record['predicted_increase']:.5f}"
         )
         return given + allocate.overrides(record)
-
-    def _record_baseline(self, base: nn.Module, task: Task, held_out: torch.Tensor) -> None:
-        found = baseline(base, self.masked, task.scheduler, held_out, self.recipe.eval.seed)
-        self.run.event("baseline", initial=initial_kind(self.recipe), **found)
 
     def _watch(self) -> Watcher:
         """The watcher, which in a resumed run knows the alerts and the snapshot that came before."""

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 from . import diffusion, evaluate, mask_stage, pictures, report, store, structured, unet
-from .data import Batches
-from .diffusion import Timesteps
 from .evaluate import image_seeds
 from .inputs import load_inputs, rounding
 from .learn import FixedMasks
@@ -23,7 +21,7 @@ from .progress import MetricsWriter
 from .recipe import FIXED_METHODS, Recipe
 from .records import STAGES, Step
 from .store import Run
-from .training import DenseLoss, Diverged, Learner, Task, Trainer, Weights, Window, use_bf16
+from .training import DenseLoss, Diverged, Learner, Task, Trainer, Weights, Window
 
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 20  # and at most a twentieth of the time goes into writing them
@@ -126,7 +124,8 @@ class Pipeline:
         if spec.method == "none":
             yield Step("mask", 0, 0)
             return
-        task = self._task(cycle=spec.cached_batches)
+        task = self._task()
+        task.cycle = spec.cached_batches
         stage = MaskStage(self.run, self.recipe)
         yield from stage.begin(self._base(), task, self.images.held_out)
         masked, learner = stage.masked, stage.learner
@@ -211,27 +210,12 @@ class Pipeline:
             if time.monotonic() - self.saved > self.checkpoint_after:
                 self.save_checkpoint()
 
-    def _task(self, cycle: int = 0) -> Task:
-        """The recipe's task; the teacher is the dense variant."""
-        recipe, spec = self.recipe, self.recipe.train
+    def _task(self) -> Task:
+        """The recipe's task; the teacher, where one is asked for, is the dense variant."""
         teacher = None
-        if spec.distill:
+        if self.recipe.train.distill:
             teacher = unet.load_unet(self.run.variant("dense") / "unet").requires_grad_(False).to(self.device)
-        timesteps = None
-        if spec.timesteps != "uniform":
-            timesteps = Timesteps(spec.timesteps, self.model.scheduler.config.num_train_timesteps)
-        return Task(
-            self.model.scheduler,
-            Batches(self.images.train, recipe.data.batch_size, recipe.seed),
-            recipe.seed,
-            self.device,
-            use_bf16(self.device, spec.precision),
-            timesteps,
-            spec.min_snr,
-            teacher,
-            spec.distill,
-            cycle,
-        )
+        return Task.of(self.recipe, self.model.scheduler, self.images.train, self.device, teacher)
 
     def _alert(self, stage: str, step: int, what: str, text: str, remedy: str) -> None:
         self.run.event("alert", stage=stage, step=step, what=what, text=text, remedy=remedy)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from . import diffusion
 from .data import Batches
 from .diffusion import NoisedBatch, Timesteps
-from .recipe import Train
+from .recipe import Recipe, Train
 from .records import Step
 from .seeds import generator
 
@@ -108,6 +108,26 @@ class Task:
     teacher: nn.Module | None = None
     distill: float = 0.0
     cycle: int = 0
+
+    @classmethod
+    def of(
+        cls, recipe: Recipe, scheduler, images: Tensor, device: torch.device, teacher: nn.Module | None = None
+    ) -> Task:
+        """The task of a recipe on uint8 training images ``[N, C, H, W]``."""
+        spec, timesteps = recipe.train, None
+        if spec.timesteps != "uniform":
+            timesteps = Timesteps(spec.timesteps, scheduler.config.num_train_timesteps)
+        return cls(
+            scheduler,
+            Batches(images, recipe.data.batch_size, recipe.seed),
+            recipe.seed,
+            device,
+            use_bf16(device, spec.precision),
+            timesteps,
+            spec.min_snr,
+            teacher,
+            spec.distill,
+        )
 
     def batch(self, stage: str, step: int) -> NoisedBatch:
         """Images, timesteps and noise of this step of this stage."""

@@ -12,7 +12,7 @@ ORDER = [  # a module may import those above it only
     "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots", "pictures", "pattern",
     "unet", "data", "diffusion", "masks", "maskfile", "structured", "training", "importance", "learn",
     "diagnostics", "allocate", "metrics", "latency", "environment", "evaluate", "report", "inputs", "mask_stage",
-    "stages", "pipeline", "jobs", "__main__",
+    "stages", "pipeline", "jobs", "mask_commands", "__main__",
 ]  # fmt: skip
 
 

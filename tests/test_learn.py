@@ -282,10 +282,11 @@ def test_a_cached_reference_changes_nothing_but_the_cost(task, monkeypatch):
     found, calls = [], []
     for cached in (4, 0):
         masked, count = masked_unet(), [0]
-        counted = lambda unet, batch, count=count: (
-            count.__setitem__(0, count[0] + 1),
-            training.Task.losses(cycled, unet, batch),
-        )[1]  # noqa: E731, E501
+
+        def counted(unet, batch, count=count):
+            count[0] += 1
+            return training.Task.losses(cycled, unet, batch)
+
         monkeypatch.setattr(cycled, "losses", counted)
         train(masked, cycled, 12, method="reinforce", cached_batches=cached, flip_budget=0.1)
         found.append(masked.banks[0].logits.clone())

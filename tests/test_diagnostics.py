@@ -1,0 +1,79 @@
+"""What is recorded of masks, layer by layer, and when an alarm is raised."""
+
+import pytest
+import torch
+from conftest import make_unet
+
+from prunedm import learn, pattern
+from prunedm.diagnostics import Watcher
+from prunedm.masks import MaskedUNet
+from prunedm.recipe import Mask
+
+
+def watcher(**spec) -> Watcher:
+    mask = Mask(**spec)
+    masked = MaskedUNet(make_unet().requires_grad_(False), 2, 4, [("mid_block.*", "1:4")])
+    return Watcher(masked, learn.METHODS[mask.method](masked, mask, 100, 0), set())
+
+
+def test_layer_figures_are_those_of_each_layers_own_rows():
+    found = watcher(method="reinforce")
+    for i, bank in enumerate(found.masked.banks):
+        bank.logits = torch.randn(bank.logits.shape, generator=torch.Generator().manual_seed(i))
+    found.layers()
+    earlier = [mask.clone() for mask in found.previous]
+    for bank in found.masked.banks:
+        bank.logits[: len(bank.logits) // 2] *= -1
+    rows = found.layers()
+    at = 0
+    for i, bank in enumerate(found.masked.banks):
+        chosen = found.learner.choice()[i]
+        for layer in bank.layers:
+            part = slice(layer.start, layer.stop)
+            assert rows["flips"][at] == pytest.approx(pattern.flips(chosen[part], bank.initial[part]), abs=1e-5)
+            assert rows["moved"][at] == pytest.approx(pattern.flips(chosen[part], earlier[i][part]), abs=1e-5)
+            assert rows["entropy"][at] == pytest.approx(pattern.entropy(bank.logits[part]).mean().item(), abs=1e-4)
+            top = bank.logits[part].softmax(-1).amax(-1).mean().item()
+            assert rows["top_probability"][at] == pytest.approx(top, abs=1e-4)
+            p = pattern.position_balance(chosen[part])
+            even = (-(p * p.clamp(min=1e-12).log2()).sum() / torch.tensor(float(bank.m)).log2()).item()
+            assert rows["position_balance"][at] == pytest.approx(even, abs=1e-4)
+            assert rows["compliance"][at] == 1.0
+            at += 1
+    assert at == len(rows["flips"])
+
+
+def test_figures_over_all_layers_weigh_every_group_alike():
+    found = watcher(method="gumbel", flip_budget=0.3)
+    with torch.no_grad():
+        for bank in found.masked.banks:
+            drawn = torch.rand(bank.mask.shape, generator=torch.Generator().manual_seed(0))
+            bank.mask.copy_(pattern.keep(drawn, bank.n))
+    figures = found.figures()
+    assert figures["flips"] == 0
+    differ = [pattern.flipped(bank.mask, bank.initial) for bank in found.masked.banks]
+    assert figures["sample_flips"] == pytest.approx(torch.cat(differ).double().mean().item())
+    assert set(watcher(method="sr-ste").figures()) == {"flips"}
+
+
+@pytest.mark.parametrize(
+    ("step", "figures", "alarms"),
+    [
+        (10, {"flips": 0.0, "sample_flips": 0.01}, []),
+        (25, {"flips": 0.0, "sample_flips": 0.01}, ["no movement"]),
+        (25, {"flips": 0.001, "sample_flips": 0.01}, []),
+        (40, {"flips": 0.1, "sample_flips": 0.0}, ["collapse"]),
+        (60, {"flips": 0.1, "sample_flips": 0.0}, []),
+        (30, {"flips": 0.0, "sample_flips": 0.0}, ["collapse", "no movement"]),
+    ],
+)
+def test_alarms(step, figures, alarms):
+    found = watcher(method="gumbel")
+    raised = list(found.alerts(step, figures))
+    assert [alert["what"] for alert in raised] == alarms
+    assert all(alert["remedy"] and "mask." in alert["remedy"] for alert in raised)
+    assert list(found.alerts(step + 1, figures)) == [], "each once"
+
+
+def test_fixed_masks_raise_no_alarm_for_standing_still():
+    assert list(watcher(method="magnitude").alerts(90, {"flips": 0.0})) == []
