@@ -16,15 +16,25 @@ GREY = "#808495"
 GRID = "rgba(128,128,128,.2)"
 LARGEST_TRACE = 1000
 SMOOTHING = 0.9
+NOISY = ("loss", "residual", "advantage", "grad_norm", "mask_grad_norm")
 LABELS = {
     "loss": "training loss",
     "entropy": "entropy of a draw (bits)",
     "flips": "groups that differ from the initial mask",
     "tau": "temperature",
-    "residual": "residual against the initial mask",
+    "top_probability": "mean top probability",
+    "sample_flips": "groups in which a sample differs from the choice",
+    "residual": "residual against the reference mask",
+    "residual_spread": "spread of the advantage",
     "tracker": "tracker (mean over timestep bins)",
+    "advantage": "advantage",
+    "mask_lr": "learning rate of the masks",
     "lr": "learning rate of the weights",
+    "mask_grad_norm": "gradient norm of the masks",
+    "grad_norm": "gradient norm of the weights",
 }
+TIMESTEPS = 1000
+BIN_COLORS = [f"hsl({260 - 22 * b},60%,50%)" for b in range(10)]  # noisy is warm, clean is cool
 
 
 def curve(records: list[dict[str, Any]], key: str, labels: dict[str, str], view: str, log: bool = False) -> Figure:
@@ -38,7 +48,7 @@ def curve(records: list[dict[str, Any]], key: str, labels: dict[str, str], view:
         points = [(offset + r["step"], r[key]) for r in rows if key in r]
         offset += rows[-1]["step"]
         if points:
-            traces += _traces(points, labels.get(stage, stage), COLORS.get(stage, "#666666"), key == "loss")
+            traces += _traces(points, labels.get(stage, stage), COLORS.get(stage, "#666666"), key in NOISY)
     layout = _layout("training step, all stages", LABELS.get(key, key), f"{view}/{key}/{log}")
     if log:
         layout["yaxis"]["type"] = "log"
@@ -78,37 +88,46 @@ def mask_heatmap(values: np.ndarray, title: str, share: str, view: str) -> Figur
     return {"data": [trace], "layout": layout}
 
 
-def evolution_heatmap(steps: list[int], layers: list[str], flips: np.ndarray, view: str) -> Figure:
-    """All masked layers over the snapshots: share of groups that differ from the initial mask."""
+def evolution_heatmap(
+    steps: list[int], layers: list[str], values: np.ndarray, label: str, share: bool, view: str
+) -> Figure:
+    """All masked layers over the snapshots: one figure of each; ``share`` shows it in percent."""
     trace = {
         "type": "heatmap",
-        "z": flips.T.round(5).tolist(),
+        "z": values.T.round(5).tolist(),
         "x": [str(s) for s in steps],
         "y": [short(layer) for layer in layers],
         "colorscale": "Viridis",
         "zmin": 0,
-        "zmax": max(0.01, float(flips.max())),
-        "colorbar": {"title": {"text": "flipped"}, "tickformat": ".1%"},
-        "hovertemplate": "%{y}<br>step %{x}<br>%{z:.2%} flipped<extra></extra>",
+        "zmax": max(0.01, float(values.max())),
+        "colorbar": {"tickformat": ".1%" if share else ".2f"},
+        "hovertemplate": "%{y}<br>step %{x}<br>%{z:.2%}<extra></extra>"
+        if share
+        else "%{y}<br>step %{x}<br>%{z:.3f}<extra></extra>",
     }
-    layout = _layout("mask step", "", view) | {"height": max(320, 15 * len(layers) + 90)}
+    layout = _layout("mask step", "", view) | {"height": max(320, 15 * len(layers) + 90), "title": {"text": label}}
     layout["xaxis"]["type"] = "category"
     layout["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
     return {"data": [trace], "layout": layout}
 
 
-def compliance_heatmap(layers: list[dict[str, Any]], m: int, view: str) -> Figure:
+def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
     """Layers x figures: compliance, density and the share kept on each of the M positions."""
     shown = [la for la in layers if la["compliance"] is not None]
-    columns = ["compliance", "density", *(f"position {i}" for i in range(m))]
-    rows = [[la["compliance"], la["density"], *(share * m / 2 for share in la["position_balance"])] for la in shown]
-    values = [[la["compliance"], la["density"], *la["position_balance"]] for la in shown]
+    widest = max((len(la["position_balance"]) for la in shown), default=0)
+    columns = ["compliance", "density", *(f"position {i}" for i in range(widest))]
+    rows, texts = [], []
+    for la in shown:
+        balance = la["position_balance"]
+        missing = [None] * (widest - len(balance))
+        rows.append([la["compliance"], la["density"], *(share * len(balance) / 2 for share in balance), *missing])
+        texts.append([f"{v:.0%}" for v in (la["compliance"], la["density"], *balance)] + [""] * len(missing))
     trace = {
         "type": "heatmap",
         "z": rows,
         "x": columns,
-        "y": [short(la["layer"]) for la in shown],
-        "text": [[f"{value:.0%}" for value in row] for row in values],
+        "y": [f"{short(la['layer'])}  {la['pattern']}" for la in shown],
+        "text": texts,
         "texttemplate": "%{text}",
         "zmin": 0,
         "zmax": 1,
@@ -119,6 +138,73 @@ def compliance_heatmap(layers: list[dict[str, Any]], m: int, view: str) -> Figur
     layout = _layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}
     layout["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
     return {"data": [trace], "layout": layout}
+
+
+def sensitivity_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
+    """Layers x patterns: loss increase with that layer alone masked; a dot on the pattern chosen."""
+    patterns = list(dict.fromkeys(p for la in layers for p in la["increase"]))
+    names = [short(la["layer"]) for la in layers]
+    rows = [[la["increase"].get(p) for p in patterns] for la in layers]
+    heat = {
+        "type": "heatmap",
+        "z": rows,
+        "x": patterns,
+        "y": names,
+        "colorscale": "Cividis",
+        "colorbar": {"title": {"text": "loss increase"}, "tickformat": ".4f"},
+        "hovertemplate": "%{y}<br>%{x}: %{z:+.5f}<extra></extra>",
+    }
+    dots = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [la["chosen"] for la in layers],
+        "y": names,
+        "marker": {"color": "#D55E00", "size": 8, "line": {"color": "#ffffff", "width": 1.5}},
+        "hovertemplate": "%{y}: %{x} chosen<extra></extra>",
+    }
+    layout = _layout("", "", view) | {"height": max(320, 18 * len(names) + 90), "showlegend": False}
+    layout["xaxis"]["type"] = "category"
+    layout["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
+    return {"data": [heat, dots], "layout": layout}
+
+
+def bin_names(count: int) -> list[str]:
+    """``0-99``, ``100-199``... for the timestep bins, the cleanest first."""
+    width = TIMESTEPS // count
+    return [f"{b * width}-{(b + 1) * width - 1}" for b in range(count)]
+
+
+def loss_by_bin(found: dict[str, Any], view: str) -> Figure:
+    """Loss of each timestep bin, dense and under the initial mask."""
+    names = bin_names(len(found["dense"]))
+    series = (("dense", found["dense"], VARIANT_COLORS["dense"]), ("initial mask", found["m0"], "#D55E00"))
+    traces = [
+        {"type": "bar", "name": name, "x": names, "y": values, "marker": {"color": color}}
+        for name, values, color in series
+    ]
+    layout = _layout("timesteps (0 is clean)", "noise-prediction error", view)
+    layout["xaxis"]["type"] = "category"
+    layout["yaxis"]["type"] = "log"
+    return {"data": traces, "layout": layout}
+
+
+def tracker_by_bin(records: list[dict[str, Any]], view: str) -> Figure:
+    """The reinforce tracker of each timestep bin: below zero, samples beat the reference there."""
+    rows = [r for r in records if "tracker.0" in r]
+    rows = rows[:: -(-len(rows) // LARGEST_TRACE)]
+    bins = sum(key.startswith("tracker.") for key in rows[0])
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": name,
+            "x": [r["step"] for r in rows],
+            "y": [r[f"tracker.{b}"] for r in rows],
+            "line": {"color": BIN_COLORS[b % len(BIN_COLORS)], "width": 1.5},
+        }
+        for b, name in enumerate(bin_names(bins))
+    ]
+    return {"data": traces, "layout": _layout("mask step", "tracker by timestep bin", f"{view}/tracker")}
 
 
 def bars(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import streamlit as st
+import yaml
 
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe
@@ -27,6 +28,15 @@ PRESET_HELP = {
     "quality": "about an hour: the best of the three",
 }
 TOP_LEVEL = ("name", "seed", "device")
+# What most runs leave alone waits behind a fold.
+FOLDED = {
+    "mask": (
+        *("layers", "density", "initial", "lr", "schedule", "warmup", "masks_from", "masks_until", "weights_from"),
+        *("weights_until", "flip_budget", "temperature", "tau_start", "tau_end", "normalize_advantage"),
+        *("tracker_decay", "refresh", "samples", "antithetic", "cached_batches", "sr_decay", "snapshot_every"),
+    ),
+    "train": ("schedule", "warmup", "clip", "distill", "timesteps", "min_snr"),
+}
 
 
 def key(path: str) -> str:
@@ -37,7 +47,8 @@ def key(path: str) -> str:
 def fill(recipe: Recipe) -> None:
     """Put a recipe's values into the widgets (before they are drawn)."""
     for path, value in recipes.flatten(recipe.model_dump()).items():
-        st.session_state[key(path)] = "" if value is None else value
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip() if value else ""
+        st.session_state[key(path)] = text if value is None or isinstance(value, list) else value
 
 
 def fields() -> dict[str, Any]:
@@ -51,13 +62,24 @@ def fields() -> dict[str, Any]:
         with (left, right)[number % 2], st.container(border=True):
             st.subheader(title)
             model = Recipe.model_fields[section].annotation
-            document[section] = {}
-            for position, (name, field) in enumerate(model.model_fields.items()):
-                if position % 2 == 0:
-                    pair = st.columns(2, vertical_alignment="bottom")
-                with pair[position % 2]:
-                    document[section][name] = _widget(f"{section}.{name}", field)
+            folded = FOLDED.get(section, ())
+            shown = {name: field for name, field in model.model_fields.items() if name not in folded}
+            document[section] = _pairs(section, shown)
+            if folded:
+                with st.expander("More settings"):
+                    document[section] |= _pairs(section, {name: model.model_fields[name] for name in folded})
     return document
+
+
+def _pairs(section: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Widgets two by two; returns their values."""
+    values = {}
+    for position, (name, field) in enumerate(chosen.items()):
+        if position % 2 == 0:
+            pair = st.columns(2, vertical_alignment="bottom")
+        with pair[position % 2]:
+            values[name] = _widget(f"{section}.{name}", field)
+    return values
 
 
 def command_line(recipe: Recipe, runs_dir: Path) -> str:
@@ -76,10 +98,10 @@ def _widget(path: str, field: Any) -> Any:
     kind, optional = _kind(field.annotation)
     label = path.rpartition(".")[2].replace("_", " ")
     common = {"key": key(path), "help": field.description, "persist_state": "session"}
-    if optional:
-        text = st.text_input(label, placeholder="automatic", **common)
+    if optional or get_origin(kind) is list:
+        text = st.text_input(label, placeholder="automatic" if optional else "none", **common)
         try:
-            return recipes.parse_value(text) if text.strip() else None
+            return recipes.parse_value(text) if text.strip() else None if optional else []
         except recipes.RecipeError:
             return text  # not even YAML: validation names the field and the rule
     if get_origin(kind) is Literal:

@@ -100,14 +100,14 @@ class _Tail:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@st.cache_resource(show_spinner=False, max_entries=16)
+@st.cache_resource(show_spinner=False, max_entries=48)
 def _tail(path: str) -> _Tail:
     return _Tail()
 
 
-def metrics(run: Run) -> list[dict[str, Any]]:
-    """The run's step records so far. Treat as read-only: all tabs share the list."""
-    path = run.folder / "metrics.jsonl"
+def lines(run: Run, name: str) -> list[dict[str, Any]]:
+    """The records of one growing file of the run so far. Treat as read-only: all tabs share the list."""
+    path = run.folder / name
     tail = _tail(str(path))
     if not path.exists():
         return []
@@ -121,6 +121,16 @@ def metrics(run: Run) -> list[dict[str, Any]]:
         new = [json.loads(line) for line in whole.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
         tail.records = [*tail.records, *new]
         return tail.records
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    """The run's step records."""
+    return lines(run, "metrics.jsonl")
+
+
+def events(run: Run, kind: str) -> list[dict[str, Any]]:
+    """The run's events of one kind."""
+    return [event for event in lines(run, "events.jsonl") if event.get("kind") == kind]
 
 
 @st.cache_data(show_spinner="Pruning a copy in memory to predict the sizes…", max_entries=64)

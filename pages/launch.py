@@ -30,7 +30,7 @@ def relevant(recipe: Recipe) -> Recipe:
     kept = {
         "model": recipe.model,
         "prune": {"method": recipe.prune.method, "target": recipe.prune.target},
-        "mask": {"n": recipe.mask.n, "m": recipe.mask.m},
+        "mask": {"n": recipe.mask.n, "m": recipe.mask.m, "layers": recipe.mask.layers, "density": recipe.mask.density},
         "seed": recipe.seed if recipe.prune.method == "random" else 0,
     }
     if recipe.mask.method == "none":
@@ -65,14 +65,17 @@ def prediction(recipe: Recipe) -> bool:
 
 def layers(recipe: Recipe, found: dict) -> None:
     masked = [layer for layer in found["layers"] if layer["eligible"]]
-    title = f"Layers: {len(masked)} of {len(found['layers'])} will carry {recipe.mask.n}:{recipe.mask.m} masks"
-    with st.expander(title):
+    patterns = ", ".join(sorted({layer["pattern"] for layer in masked}))
+    if recipe.mask.density is not None:
+        patterns = "N:M (each layer's pattern is chosen by its measured sensitivity when the run begins)"
+    with st.expander(f"Layers: {len(masked)} of {len(found['layers'])} will carry {patterns} masks"):
         st.dataframe(
             [
                 {
                     "layer": layer["layer"],
                     "kind": layer["kind"],
                     "shape after stage 1": " x ".join(map(str, layer["shape"])),
+                    "pattern": layer["pattern"] if recipe.mask.density is None else "",
                     "groups": layer["groups"],
                     "masked": "yes" if layer["eligible"] else "no",
                     "why not": layer["reason"],

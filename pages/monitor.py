@@ -2,17 +2,18 @@
 
 from pathlib import Path
 
-import numpy as np
 import streamlit as st
 
-from app import charts, lab, parts
+from app import charts, lab, mask_views, parts
 from app.live_plot import live_plot
-from prunedm import snapshots
 from prunedm.records import RESUMABLE, STAGE_LABELS
 from prunedm.store import Run, stage_step
 
 EVERY_PROGRESS, EVERY_CURVES, EVERY_MASKS, EVERY_SAMPLES = 1.0, 2.0, 5.0, 2.0
-CURVES = ("entropy", "flips", "tau", "residual", "tracker", "lr")
+CURVES = (
+    *("flips", "entropy", "top_probability", "sample_flips", "tau", "residual", "residual_spread", "tracker"),
+    *("advantage", "mask_lr", "lr", "mask_grad_norm", "grad_norm"),
+)
 
 
 def header(run: Run, live: bool) -> None:
@@ -29,6 +30,9 @@ def header(run: Run, live: bool) -> None:
         show_progress(card)
     with actions, parts.said():
         show_actions(card)
+    for alert in lab.events(run, "alert"):
+        text = f"**{alert['what'].capitalize()}** at step {alert['step']}: {alert['text']}."
+        st.warning(parts.plain(text) + f" What to do: {parts.plain(alert['remedy'])}.", icon="⚠️")
 
 
 def show_progress(card: lab.Card) -> None:
@@ -72,81 +76,9 @@ def curves(run: Run) -> None:
             with column:
                 figure = charts.curve(records, name, STAGE_LABELS, run.id)
                 live_plot(figure, f"curve-{name}", f"{charts.LABELS[name]} over the steps")
-
-
-def mask_evolution(run: Run) -> None:
-    layers, paths = snapshots.masked_layers(run), run.mask_snapshots()
-    if not layers or not paths:
-        st.caption("Masks appear here when stage 2 begins.")
-        return
-    steps, names = [stage_step(path)[1] for path in paths], [layer["layer"] for layer in layers]
-    folder, stamps = str(run.folder), [path.stat().st_mtime_ns for path in paths]
-    flips = np.array([flips_at(folder, paths[0].name, stamps[0], p.name, s) for p, s in zip(paths, stamps)])
-    live_plot(
-        charts.evolution_heatmap(steps, names, flips, run.id),
-        "mask-evolution",
-        f"Share of each layer's groups that differ from the initial mask, at {len(steps)} snapshots; "
-        f"mean at the last one {flips[-1].mean():.1%}",
-    )
-    with st.expander("As a table"):
-        st.dataframe({"layer": names, **{f"step {s}": flips[i] for i, s in enumerate(steps)}}, hide_index=True)
-    chosen = st.selectbox("Layer", names, key="mask_layer")
-    at = parts.step_slider("Snapshot at step", steps, f"mask_step {run.id}")
-    layer, number = layers[names.index(chosen)], steps.index(at)
-    one_layer(run, layer, at, read_mask(str(paths[number]), stamps[number]), read_mask(str(paths[0]), stamps[0]))
-
-
-def one_layer(run: Run, layer: dict, at: int, mask: np.ndarray, first: np.ndarray) -> None:
-    """Two heatmaps of one layer: what is kept, and what has changed since the initial mask."""
-    name = layer["layer"]
-    kept, changed = snapshots.kept_share(mask, layer), snapshots.changed_share(mask, first, layer)
-    left, right = st.columns(2)
-    with left:
-        figure = charts.mask_heatmap(kept, f"Kept at step {at}", "kept", f"{run.id}/{name}/kept")
-        live_plot(figure, "mask-kept", f"Share kept in {name} at step {at}, mean {kept.mean():.1%}")
-    with right:
-        figure = charts.mask_heatmap(changed, "Changed since the initial mask", "changed", f"{run.id}/{name}/changed")
-        live_plot(figure, "mask-changed", f"Share of positions of {name} changed, mean {changed.mean():.1%}")
-    with st.expander("Kept share as a table (rows: output channels, columns: input channels)"):
-        st.dataframe(kept.round(3))
-
-
-@st.cache_data(show_spinner=False, max_entries=8)
-def read_mask(path: str, stamp: int) -> np.ndarray:
-    return snapshots.read(Path(path))
-
-
-@st.cache_data(show_spinner=False, max_entries=1000)
-def flips_at(folder: str, first: str, first_stamp: int, name: str, stamp: int) -> list[float]:
-    """Flips by layer of one snapshot: read once, then a few numbers."""
-    run, masks = Run(Path(folder)), Path(folder) / "masks"
-    layers = snapshots.masked_layers(run)
-    return snapshots.flips_by_layer(
-        read_mask(str(masks / name), stamp), read_mask(str(masks / first), first_stamp), layers
-    )
-
-
-def compliance(run: Run) -> None:
-    layers = run.layers()
-    if not layers:
-        st.caption("Compliance appears here when stage 2 begins.")
-        return
-    mask = lab.card(run).recipe.mask
-    st.caption(
-        f"Pattern {mask.n}:{mask.m}. Compliance is the share of groups with at most {mask.n} non-zero weights; "
-        "before the masks are baked in, the weights are still dense."
-    )
-    live_plot(
-        charts.compliance_heatmap(layers, mask.m, run.id),
-        "compliance",
-        "Compliance, density and position balance of each masked layer",
-    )
-    skipped = [layer for layer in layers if not layer["eligible"]]
-    st.subheader(f"Layers left dense: {len(skipped)}")
-    st.dataframe([{"layer": la["layer"], "why": la["reason"]} for la in skipped], hide_index=True)
-    with st.expander("All layers as a table"):
-        keys = ("layer", "kind", "eligible", "groups", "compliance", "density", "position_balance", "tensor_core_ready")
-        st.dataframe([{k: la[k] for k in keys} for la in layers], hide_index=True)
+    if any("tracker.0" in r for r in records):
+        figure = charts.tracker_by_bin(records, run.id)
+        live_plot(figure, "curve-tracker-bins", "Loss tracker of each timestep bin over the mask steps")
 
 
 def samples(run: Run) -> None:
@@ -192,8 +124,8 @@ if card.status == "failed":
 tabs = st.tabs(["Curves", "Masks", "Compliance", "Samples", "Log", "Recipe"])
 parts_of_tabs = [
     (curves, EVERY_CURVES),
-    (mask_evolution, EVERY_MASKS),
-    (compliance, EVERY_MASKS),
+    (mask_views.evolution, EVERY_MASKS),
+    (mask_views.compliance, EVERY_MASKS),
     (samples, EVERY_SAMPLES),
     (parts.log, EVERY_CURVES),
 ]
