@@ -96,10 +96,11 @@ def load_unet(folder: Path) -> nn.Module:
 
 def save(unet: nn.Module, scheduler, folder: Path, record: dict[str, Any]) -> None:
     """A diffusers pipeline folder (safetensors only); ``prunedm.json``, written last, marks it complete."""
-    from diffusers import DDPMPipeline
+    from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
     (folder / VARIANT_RECORD).unlink(missing_ok=True)
-    DDPMPipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
+    pipeline = DDPMPipeline if isinstance(scheduler, DDPMScheduler) else DDIMPipeline
+    pipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
     write_json(folder / VARIANT_RECORD, record)
 
 
@@ -213,16 +214,22 @@ def _download(source: str) -> Path:
 
 
 def _load_scheduler(folder: Path):
-    from diffusers import DDPMScheduler
+    """The trained scheduler: DDPM or DDIM as its config says (DDPM where there is none)."""
+    from diffusers import DDIMScheduler, DDPMScheduler
 
     path = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
     if path is None:
         return DDPMScheduler()
+    classes = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
     try:
         config = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8"))
-        return DDPMScheduler.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        kind = config.get("_class_name", "DDPMScheduler")
+        scheduler = classes.get(kind, DDPMScheduler).from_config({k: v for k, v in config.items() if k[0] != "_"})
+    except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path}/scheduler_config.json cannot be read ({_line(error)})") from error
+    if kind not in classes:
+        raise ModelError(f"{path} holds a {kind}; save the model with a {' or a '.join(classes)}")
+    return scheduler
 
 
 def _line(error: BaseException) -> str:

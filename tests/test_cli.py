@@ -52,6 +52,34 @@ def test_ls_lists_a_broken_run_as_unreadable(runs, capsys):
     assert found["broken"] == "unreadable" and "done" in found.values()
 
 
+def test_masks_are_extracted_shown_verified_and_used_again(runs, micro, tmp_path, capsys):
+    run = next(run for run in store.all_runs(runs) if run.id.endswith("first"))
+    out = tmp_path / "kept" / "m.safetensors"
+    there = ["--runs-dir", str(runs)]
+    assert main(["masks", "extract", run.id, "--out", str(out), *there]) == 0
+    assert main(["masks", "verify", str(out)]) == 0 == main(["masks", "verify", run.id, *there])
+    assert "every pruned weight of" in capsys.readouterr().out
+    assert main(["masks", "show", str(out)]) == 0 and "mid_block.resnets.0.conv1" in capsys.readouterr().out
+    assert main(["masks", "show", str(out), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["run"] == run.id and all(layer["density"] == 0.5 for layer in shown["layers"])
+    recipe = ["--set", f"mask.initial={out}", "--set", "mask.method=fixed", "--name", "again"]
+    assert main([*arguments(micro(), runs), *recipe]) == 0
+    out.write_bytes(out.read_bytes()[:-1])
+    assert main(["masks", "verify", str(out)]) == 1 and "PROBLEM" in capsys.readouterr().out
+    assert main(["masks", "show", "nothing-here", *there]) == 2
+    assert main(["masks", "extract", run.id, "--out", "m.npz", *there]) == 2
+
+
+def test_masks_baseline_prints_the_loss_of_each_timestep_bin(micro, tmp_path, capsys):
+    given = arguments(micro(), tmp_path)[3:]
+    assert main(["masks", "baseline", *given, "--set", "mask.initial=fisher", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["initial"] == "fisher 2:4" and len(found["m0"]) == 10 and found["dense_mean"] > 0
+    assert main(["masks", "baseline", *given]) == 0
+    assert "magnitude 2:4" in capsys.readouterr().out
+
+
 def test_dry_run_shows_layers_with_reasons_and_writes_nothing(micro, tmp_path, capsys):
     assert main([*arguments(micro(), tmp_path / "runs"), "--dry-run"]) == 0
     out = capsys.readouterr().out

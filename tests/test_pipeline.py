@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunedm import inputs, learn, pattern, pipeline, report, stages, store
+from prunedm import inputs, learn, maskfile, pattern, pipeline, report, snapshots, stages, store
 from prunedm import unet as unets
 from prunedm.records import STAGES
 
@@ -36,6 +36,9 @@ def assert_same(a, b):
         for name, tensor in weights(a, variant).items():
             assert torch.equal(tensor, weights(b, variant)[name]), (variant, name)
     assert without_time(a) == without_time(b)
+    assert a.mask_layers() == b.mask_layers()
+    for first, second in zip(a.mask_snapshots(), b.mask_snapshots(), strict=True):
+        assert first.name == second.name and (snapshots.read(first) == snapshots.read(second)).all()
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,16 @@ def test_stopping_and_resuming_gives_the_uninterrupted_result(done, tmp_path, mi
     assert_same(done, run)
 
 
-@pytest.mark.parametrize("mask", [{"method": "gumbel"}, {"method": "reinforce"}])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"method": "gumbel"},
+        {"method": "reinforce"},
+        {"method": "offset", "masks_until": 0.5, "snapshot_every": 1},
+        {"method": "gumbel", "density": 0.4, "initial": "wanda", "snapshot_every": 2},
+    ],
+    ids=lambda mask: "-".join(map(str, mask.values())),
+)
 def test_a_crash_between_checkpoints_loses_and_doubles_nothing(tmp_path, micro, mask, monkeypatch):
     """Checkpoint after every step, crash a step later: the line beyond the checkpoint must go."""
     recipe = micro(mask={"train_weights": True} | mask)
@@ -133,7 +145,7 @@ def test_a_crash_between_checkpoints_loses_and_doubles_nothing(tmp_path, micro, 
     run = store.create(tmp_path / "b", recipe)
 
     def crash(step):
-        if (step.stage, step.step) == ("mask", 4):
+        if (step.stage, step.step) == ("mask", 4) and step.values:  # a learning step, not a sensitivity
             raise KeyboardInterrupt
 
     assert pipeline.execute(run, crash) == "interrupted"
@@ -147,14 +159,25 @@ def test_a_crash_between_checkpoints_loses_and_doubles_nothing(tmp_path, micro, 
     [
         ({"mask": {"method": "magnitude"}}, ["dense", "structured", "nm"]),
         ({"mask": {"method": "magnitude", "train_weights": True}}, ["dense", "structured", "nm"]),
-        ({"mask": {"method": "gumbel", "train_weights": True}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "random"}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "wanda"}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "fisher", "n": 3, "m": 4}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "fixed", "initial": "wanda"}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "sr-ste", "train_weights": True}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "offset", "train_weights": True, "masks_until": 0.7}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "gumbel", "train_weights": True, "weights_from": 0.5}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "gumbel", "temperature": "adaptive"}}, ["dense", "structured", "nm"]),
         ({"mask": {"method": "reinforce", "n": 1}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "reinforce", "samples": 2, "antithetic": True}}, ["dense", "structured", "nm"]),
+        ({"mask": {"method": "reinforce", "cached_batches": 3}}, ["dense", "structured", "nm"]),
         ({"mask": {"n": 5, "m": 8, "method": "reinforce"}}, ["dense", "structured", "nm"]),
         ({"mask": {"n": 4, "m": 8, "recover_steps": 0}}, ["dense", "structured", "nm"]),
         ({"mask": {"method": "none"}}, ["dense", "structured"]),
         ({"prune": {"target": 0}}, ["dense", "nm"]),
         ({"prune": {"method": "random", "finetune_steps": 0}}, ["dense", "structured", "nm"]),
         ({"eval": {"sampler": "ddpm"}, "train": {"precision": "bf16"}}, ["dense", "structured", "nm"]),
+        ({"train": {"distill": 0.5, "timesteps": "late", "min_snr": 5}}, ["dense", "structured", "nm"]),
+        ({"train": {"timesteps": "importance", "schedule": "linear"}}, ["dense", "structured", "nm"]),
     ],
 )
 def test_every_way_through_the_recipe(tmp_path, micro, changes, variants):
@@ -163,6 +186,62 @@ def test_every_way_through_the_recipe(tmp_path, micro, changes, variants):
     if "nm" in variants:
         figures, mask = run.evaluation()["nm"], run.recipe().mask
         assert figures["compliance"] == 1.0 and figures["pattern"] == f"{mask.n}:{mask.m}"
+        assert maskfile.verify(maskfile.locate(run.folder), run.variant("nm") / "unet") == []
+
+
+def test_patterns_of_single_layers_reach_the_saved_file(tmp_path, micro):
+    layers = [{"match": "up_blocks.*", "pattern": "1:4"}, {"match": "mid_block.*", "pattern": "dense"}]
+    run = execute(tmp_path, micro(mask={"layers": layers}))
+    figures, tensors = run.evaluation()["nm"], weights(run)
+    assert figures["pattern"] == "mixed (1:4, 2:4)" and figures["compliance"] == 1.0
+    for layer in run.layers():
+        weight = tensors[f"{layer['layer']}.weight"]
+        if layer["layer"].startswith("mid_block."):
+            assert not layer["eligible"] and pattern.density(weight) == 1.0
+        elif layer["eligible"]:
+            n = 1 if layer["layer"].startswith("up_blocks.") else 2
+            assert pattern.compliance(weight, n, 4) == 1.0 and pattern.density(weight) == pytest.approx(n / 4)
+    assert figures["nonzero_parameters"] == inputs.preview(run.recipe(), tmp_path)["parameters"]["nm_nonzero"]
+
+
+def test_a_density_is_spent_where_it_hurts_least(tmp_path, micro):
+    run = execute(tmp_path, micro(mask={"density": 0.4}))
+    record, tensors = run.allocation(), weights(run)
+    assert record["kept"] <= 0.4 and record["kept"] > 0.3
+    kept = total = 0
+    for layer in record["layers"]:
+        weight = tensors[f"{layer['layer']}.weight"]
+        kept, total = kept + int(weight.count_nonzero()), total + weight.numel()
+    assert kept / total == pytest.approx(record["kept"], abs=1e-3)
+    assert run.evaluation()["nm"]["compliance"] == 1.0
+
+
+def test_the_masks_of_an_earlier_run_start_the_next(done, micro, tmp_path):
+    runs_dir = done.folder.parent
+    recipe = micro(mask={"method": "fixed", "initial": done.id, "recover_steps": 0})
+    run = store.create(runs_dir, inputs.absolute(recipe, runs_dir))
+    assert pipeline.execute(run) == "done", run.log_path.read_text()
+    first, second = (maskfile.read(maskfile.locate(r.folder)) for r in (done, run))
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    with pytest.raises(inputs.InputError, match=r"mask.initial=nothing is none of random, magnitude"):
+        inputs.load_inputs(micro(mask={"initial": "nothing"}), runs_dir)
+
+
+def test_the_cost_of_the_initial_mask_is_recorded_by_timestep_bin(done):
+    (found,) = [e for e in done.events() if e["kind"] == "baseline"]
+    assert len(found["dense"]) == len(found["m0"]) == 10 and found["initial"] == "magnitude"
+    assert found["m0_mean"] > 0 and found["images"] == 4
+
+
+def test_alerts_are_recorded_and_a_loss_that_is_no_number_is_one(tmp_path, micro, monkeypatch):
+    run = execute(tmp_path, micro(mask={"lr": 1e-9, "steps": 40}))
+    (alert,) = [e for e in run.events() if e["kind"] == "alert"]
+    assert alert["what"] == "no movement" and alert["stage"] == "mask" and "mask.lr" in alert["remedy"]
+    assert "ALERT (no movement)" in run.log_path.read_text()
+    monkeypatch.setattr(learn.GumbelMasks, "step", lambda *args: {"loss": float("inf")})
+    failed = store.create(tmp_path, micro())
+    assert pipeline.execute(failed) == "failed"
+    assert [e["what"] for e in failed.events() if e["kind"] == "alert"] == ["not a number"]
 
 
 def test_an_earlier_run_can_be_the_model_of_the_next(done, micro):

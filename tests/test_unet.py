@@ -109,3 +109,14 @@ def test_macs_follow_the_definition():
     attention = sum(2 * 16**2 * m.to_q.out_features for m in unet.modules() if m.__class__.__name__ == "Attention")
     assert found == by_hand + attention  # 4x4 = 16 tokens: q k^T and the product with v
     assert unets.macs(doubled) > 4 * (found - attention) * 0.95
+
+
+def test_the_scheduler_is_the_one_that_the_config_names(tmp_path):
+    from diffusers import DDIMScheduler, PNDMScheduler
+
+    unets.save(make_unet(), DDIMScheduler(prediction_type="v_prediction"), tmp_path / "ddim", {})
+    found = unets.load(str(tmp_path / "ddim")).scheduler
+    assert isinstance(found, DDIMScheduler) and found.config.prediction_type == "v_prediction"
+    PNDMScheduler().save_pretrained(tmp_path / "ddim" / "scheduler")
+    with pytest.raises(unets.ModelError, match="holds a PNDMScheduler; save the model with a DDPMScheduler or"):
+        unets.load(str(tmp_path / "ddim"))
