@@ -92,6 +92,7 @@ def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
     spec = recipe.mask
     layers = []
     if spec.method != "none":
+        masks.require_eligible(model.unet, spec.n, spec.m, overrides(recipe))
         layers = masks.layer_reports(model.unet, spec.n, spec.m, overrides(recipe))
     return {
         "parameters": {

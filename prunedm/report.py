@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from pathlib import Path
 from typing import Any
 
 from . import environment, pictures
@@ -86,6 +87,8 @@ def render(run: Run) -> str:
         f"<h2>Figures</h2>{table}{_pruned(run)}",
         f"<h2>Samples from the same seeds</h2>{_grid(run)}",
         _sparsity(run, results),
+        _baseline(run),
+        _allocation(run),
         f"<h2>Recipe</h2><pre>{html.escape(recipe.to_yaml())}</pre>",
         f"<h2>Environment</h2>{_table(['', ''], setting)}",
         "<h2>Again</h2><pre>python -m prunedm run recipe.yaml</pre>",
@@ -137,6 +140,7 @@ def _sparsity(run: Run, results: dict[str, dict[str, Any]]) -> str:
         [
             layer["layer"],
             "x".join(map(str, layer["shape"])),
+            layer["pattern"],
             f"{layer['compliance']:.0%}" if layer["compliance"] is not None else "",
             f"{layer['density']:.0%}" if layer["density"] is not None else "",
             layer["reason"],
@@ -146,7 +150,43 @@ def _sparsity(run: Run, results: dict[str, dict[str, Any]]) -> str:
     return (
         f"<h2>N:M layers</h2><p>Pattern {figures['pattern']}, {figures['masked_layers']} layers masked, "
         f"{len(figures['skipped_layers'])} left dense, compliance {figures['compliance']:.1%} "
-        "(read from the saved file).</p>" + _table(["layer", "shape", "compliance", "density", "why dense"], rows)
+        "(read from the saved file).</p>"
+        + _table(["layer", "shape", "pattern", "compliance", "density", "why dense"], rows)
+    )
+
+
+def _baseline(run: Run) -> str:
+    """What the initial masks cost before any learning, by timestep bin."""
+    found = next((e for e in reversed(run.events()) if e["kind"] == "baseline"), None)
+    if found is None:
+        return ""
+    pairs = zip([*found["dense"], found["dense_mean"]], [*found["m0"], found["m0_mean"]])
+    names = [*(f"bin {b} of {len(found['dense'])}" for b in range(1, len(found["dense"]) + 1)), "all"]
+    rows = [
+        [n, "n/a" if d is None else f"{d:.5f}", "n/a" if m is None else f"{m:.5f}"] for n, (d, m) in zip(names, pairs)
+    ]
+    return (
+        "<h2>Loss under the initial masks</h2>"
+        f"<p>{html.escape(Path(found['initial']).name)}, {found['images']} held-out images, before any learning; "
+        "timestep bins from clean to noisy.</p>" + _table(["timesteps", "dense", "initial masks"], rows)
+    )
+
+
+def _allocation(run: Run) -> str:
+    """The budgeted choice of patterns with the sensitivities it rests on."""
+    found = run.allocation()
+    if not found:
+        return ""
+    patterns = list(dict.fromkeys(p for layer in found["layers"] for p in layer["increase"]))
+    rows = [
+        [la["layer"], la["chosen"], *(f"{la['increase'][p]:+.5f}" if p in la["increase"] else "" for p in patterns)]
+        for la in found["layers"]
+    ]
+    return (
+        "<h2>Patterns chosen for the budget</h2>"
+        f"<p>Density asked for {found['density']:.1%}, kept {found['kept']:.1%}. "
+        f"Loss increase with that layer alone masked ({found['images']} held-out images).</p>"
+        + _table(["layer", "chosen", *patterns], rows)
     )
 
 

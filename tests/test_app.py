@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app import lab
+from app import lab, mask_views
 from prunedm import learn, pipeline, store
 from prunedm import recipe as recipes
 from prunedm.jobs import Jobs
@@ -21,7 +21,8 @@ PAGES = ("home", "launch", "monitor", "compare")
 
 @pytest.fixture(scope="module")
 def done_run(tmp_path_factory, micro):
-    run = store.create(tmp_path_factory.mktemp("done"), micro())
+    """A finished run with a budgeted allocation and an alert."""
+    run = store.create(tmp_path_factory.mktemp("done"), micro(mask={"density": 0.4, "lr": 1e-9}))
     assert pipeline.execute(run) == "done"
     return run
 
@@ -191,6 +192,27 @@ def test_the_printed_command_is_the_same_recipe():
     assert recipes.resolve(assignments=assignments, name=name) == recipe
 
 
+def test_patterns_of_single_layers_are_typed_as_yaml(runs):
+    app = open_page("launch")
+    app.text_input(key="recipe.mask.layers").set_value("[{match: mid_block.*, pattern: '1:4'}]").run()
+    shown = recipes.build(recipes.parse(next(c.value for c in app.code if c.language == "yaml")))
+    assert [(la.match, la.pattern) for la in shown.mask.layers] == [("mid_block.*", "1:4")]
+    assert "masks" in next(e.label for e in app.expander if e.label.startswith("Layers:"))
+    for text, fault in (("[{match: nothing, pattern: '1:4'}]", "matches no layer"), ("4:2", "mask.layers")):
+        app.text_input(key="recipe.mask.layers").set_value(text).run()
+        assert not app.exception and fault in said(app) and "Start" not in [b.label for b in app.button]
+
+
+def test_monitor_shows_alerts_the_baseline_and_the_allocation(with_done):
+    app = open_page("monitor")
+    text = said(app)
+    assert "No movement" in text and "raise mask.lr" in text
+    assert "What the initial mask costs" in text and "Patterns chosen for the budget" in text
+    for figure in mask_views.FIGURES:
+        app.selectbox(key="mask_figure").set_value(figure).run()
+        assert not app.exception and not app.error
+
+
 def test_a_bad_value_in_the_form_is_said_and_offers_no_start(runs):
     app = open_page("launch")
     app.number_input(key="recipe.mask.n").set_value(4).run()
@@ -292,7 +314,19 @@ def test_compare_takes_several_runs_once_each_and_says_how_they_differ(with_done
     assert len(columns) == 1, "the dense model that the runs share stands there once"
 
 
-@pytest.mark.parametrize("name", ["evaluation.json", "layers.json", "recipe.yaml", "state.json", "metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "evaluation.json",
+        "layers.json",
+        "recipe.yaml",
+        "state.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "mask-layers.jsonl",
+        "allocation.json",
+    ],
+)
 @pytest.mark.parametrize("content", [b"", b"\x00\xff", b"[1]", b'{"schema": "x"}', b'{"a": {"b": 1}}'])
 def test_a_damaged_file_breaks_no_page(with_done, runs, name, content):
     (with_done.folder / name).write_bytes(content)
