@@ -33,7 +33,6 @@ LABELS = {
     "mask_grad_norm": "gradient norm of the masks",
     "grad_norm": "gradient norm of the weights",
 }
-TIMESTEPS = 1000
 BIN_COLORS = [f"hsl({260 - 22 * b},60%,50%)" for b in range(10)]  # noisy is warm, clean is cool
 
 
@@ -168,15 +167,15 @@ def sensitivity_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
     return {"data": [heat, dots], "layout": layout}
 
 
-def bin_names(count: int) -> list[str]:
+def bin_names(count: int, timesteps: int) -> list[str]:
     """``0-99``, ``100-199``... for the timestep bins, the cleanest first."""
-    width = TIMESTEPS // count
+    width = timesteps // count
     return [f"{b * width}-{(b + 1) * width - 1}" for b in range(count)]
 
 
 def loss_by_bin(found: dict[str, Any], view: str) -> Figure:
     """Loss of each timestep bin, dense and under the initial mask."""
-    names = bin_names(len(found["dense"]))
+    names = bin_names(len(found["dense"]), found["timesteps"])
     series = (("dense", found["dense"], VARIANT_COLORS["dense"]), ("initial mask", found["m0"], "#D55E00"))
     traces = [
         {"type": "bar", "name": name, "x": names, "y": values, "marker": {"color": color}}
@@ -188,7 +187,7 @@ def loss_by_bin(found: dict[str, Any], view: str) -> Figure:
     return {"data": traces, "layout": layout}
 
 
-def tracker_by_bin(records: list[dict[str, Any]], view: str) -> Figure:
+def tracker_by_bin(records: list[dict[str, Any]], timesteps: int, view: str) -> Figure:
     """The reinforce tracker of each timestep bin: below zero, samples beat the reference there."""
     rows = [r for r in records if "tracker.0" in r]
     rows = rows[:: -(-len(rows) // LARGEST_TRACE)]
@@ -202,7 +201,7 @@ def tracker_by_bin(records: list[dict[str, Any]], view: str) -> Figure:
             "y": [r[f"tracker.{b}"] for r in rows],
             "line": {"color": BIN_COLORS[b % len(BIN_COLORS)], "width": 1.5},
         }
-        for b, name in enumerate(bin_names(bins))
+        for b, name in enumerate(bin_names(bins, timesteps))
     ]
     return {"data": traces, "layout": _layout("mask step", "tracker by timestep bin", f"{view}/tracker")}
 

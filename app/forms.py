@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import streamlit as st
-import yaml
 
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe
@@ -31,7 +30,18 @@ TOP_LEVEL = ("name", "seed", "device")
 # What most runs leave alone waits behind a fold.
 FOLDED = {
     "mask": (
-        *("layers", "density", "initial", "lr", "schedule", "warmup", "masks_from", "masks_until", "weights_from"),
+        *(
+            "layers",
+            "density",
+            "initial",
+            "lr",
+            "schedule",
+            "warmup",
+            "masks_from",
+            "masks_until",
+            "then",
+            "weights_from",
+        ),
         *("weights_until", "flip_budget", "temperature", "tau_start", "tau_end", "normalize_advantage"),
         *("tracker_decay", "refresh", "samples", "antithetic", "cached_batches", "sr_decay", "snapshot_every"),
     ),
@@ -47,8 +57,23 @@ def key(path: str) -> str:
 def fill(recipe: Recipe) -> None:
     """Put a recipe's values into the widgets (before they are drawn)."""
     for path, value in recipes.flatten(recipe.model_dump()).items():
-        text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip() if value else ""
-        st.session_state[key(path)] = text if value is None or isinstance(value, list) else value
+        st.session_state[key(path)] = _as_text(value) if _is_text(path) else value
+
+
+def _is_text(path: str) -> bool:
+    """Whether a field is typed as YAML: a list, or a value that may be left empty."""
+    model: Any = Recipe
+    *sections, name = path.split(".")
+    for section in sections:
+        model = model.model_fields[section].annotation
+    kind, optional = _kind(model.model_fields[name].annotation)
+    return optional or get_origin(kind) is list
+
+
+def _as_text(value: Any) -> str:
+    if value is None or value == []:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value)  # JSON is YAML
 
 
 def fields() -> dict[str, Any]:

@@ -119,7 +119,7 @@ def baseline(run: Run) -> None:
         f"Noise-prediction error before any learning, {last['images']} held-out images: dense "
         f"{last['dense_mean']:.5f}, under the initial mask ({parts.plain(kind)}) {last['m0_mean']:.5f}."
     )
-    names, pairs = charts.bin_names(len(last["dense"])), zip(last["dense"], last["m0"])
+    names, pairs = charts.bin_names(len(last["dense"]), last["timesteps"]), zip(last["dense"], last["m0"])
     live_plot(charts.loss_by_bin(last, run.id), "baseline", "Loss by timestep bin, dense and under the initial mask")
     with st.expander("As a table"):
         rows = [{"timesteps": name, "dense": dense, "initial mask": m0} for name, (dense, m0) in zip(names, pairs)]

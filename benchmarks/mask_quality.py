@@ -21,7 +21,6 @@ import torch  # noqa: E402
 from prunedm import data, diffusion, learn, mask_stage, masks, pattern, recipe, training, unet  # noqa: E402
 
 IMAGES = 1024
-LOOKS = 4
 
 
 def validation(images: data.Images, scheduler) -> list[diffusion.NoisedBatch]:
@@ -29,7 +28,7 @@ def validation(images: data.Images, scheduler) -> list[diffusion.NoisedBatch]:
     return diffusion.validation_batches(scheduler, held_out, IMAGES, 128, 0)
 
 
-def one(spec: recipe.Recipe, seed: int, images: data.Images) -> None:
+def one(spec: recipe.Recipe, seed: int, images: data.Images, looks: int) -> None:
     model, device = unet.load("bundled"), torch.device("cpu")
     batches = validation(images, model.scheduler)
 
@@ -68,7 +67,7 @@ def one(spec: recipe.Recipe, seed: int, images: data.Images) -> None:
         worked += time.perf_counter() - started
         if step is None:
             break
-        if step.step % max(1, steps // LOOKS) == 0 and step.step < steps:
+        if step.step % max(1, steps // looks) == 0 and step.step < steps:
             look(step.step)
     if weights is not None:
         weights.use_average()
@@ -84,12 +83,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--set", dest="assignments", nargs="*", default=[])
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--looks", type=int, default=1, help="looks at the validation loss")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     arguments = parser.parse_args()
     spec = recipe.resolve(assignments=[*arguments.assignments, f"mask.steps={arguments.steps}"])
     images = data.load_bundled()
     for seed in arguments.seeds:
-        one(spec, seed, images)
+        one(spec, seed, images, arguments.looks)
 
 
 if __name__ == "__main__":

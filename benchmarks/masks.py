@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/masks.py [--model bundled|cifar10] [--batch 64] [--rounds 8]
 
 Both models dense: the bundled one (2.7 M) and the architecture of google/ddpm-cifar10-32 (35.7 M, random
-weights). Prints memory held between steps too.
+weights). Prints what each method holds between steps too.
 """
 
 from __future__ import annotations
@@ -64,6 +64,15 @@ def trainers(name: str, task: training.Task, kinds: list[str]) -> dict[str, trai
     return made
 
 
+def prunable(name: str) -> int:
+    return sum(bank.weights.numel() for bank in masks.MaskedUNet(model(name), 2, 4).banks)
+
+
+def bytes_held(trainer: training.Trainer) -> int:
+    """What the mask method itself keeps between steps: logits, Adam's moments, masks."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in trainer.learner.tensors().values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=("bundled", "cifar10"), default="bundled")
@@ -78,7 +87,8 @@ def main() -> None:
     scheduler = unet.load("bundled").scheduler
     for precision in arguments.precision:
         task = training.Task(scheduler, data.Batches(images, arguments.batch, 0), 0, device, precision == "bf16")
-        running = {kind: iter(t) for kind, t in trainers(arguments.model, task, arguments.kinds).items()}
+        made = trainers(arguments.model, task, arguments.kinds)
+        running = {kind: iter(trainer) for kind, trainer in made.items()}
         times: dict[str, list[float]] = {kind: [] for kind in running}
         for round_ in range(arguments.rounds + 1):
             for kind, steps in running.items():
@@ -87,10 +97,12 @@ def main() -> None:
                 if round_:
                     times[kind].append(time.perf_counter() - start)
         plain = statistics.median(times["fine-tune"])
+        weights = prunable(arguments.model)
         print(f"{arguments.model}, {precision}, batch {arguments.batch}: fine-tuning step {plain:.3f} s", flush=True)
         for kind, values in times.items():
             ratios = [v / p for v, p in zip(values, times["fine-tune"])]
-            print(f"  {kind:<28} {statistics.median(ratios):.2f}x", flush=True)
+            held = f"{bytes_held(made[kind]) / weights:5.2f} bytes a prunable weight" if kind in KINDS else ""
+            print(f"  {kind:<28} {statistics.median(ratios):.2f}x  {held}", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def curves(run: Run) -> None:
                 figure = charts.curve(records, name, STAGE_LABELS, run.id)
                 live_plot(figure, f"curve-{name}", f"{charts.LABELS[name]} over the steps")
     if any("tracker.0" in r for r in records):
-        figure = charts.tracker_by_bin(records, run.id)
+        steps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
+        figure = charts.tracker_by_bin(records, steps, run.id)
         live_plot(figure, "curve-tracker-bins", "Loss tracker of each timestep bin over the mask steps")
 
 

@@ -204,7 +204,7 @@ class _Progress:
             return
         task = self.tasks[step.stage]
         speed = self.bars.tasks[task].speed
-        self.bars.update(task, completed=step.step, rate=f"{speed:.1f} step/s" if speed else "")
+        self.bars.update(task, total=step.of, completed=step.step, rate=f"{speed:.1f} step/s" if speed else "")
 
 
 def _print_preview(recipe: Recipe, found: dict[str, Any], as_json: bool) -> None:
@@ -228,7 +228,8 @@ def _print_preview(recipe: Recipe, found: dict[str, Any], as_json: bool) -> None
     table = Table("layer", "shape after stage 1", "groups", "masked", "why not")
     for layer in found["layers"]:
         shape = "x".join(map(str, layer["shape"]))
-        masked = f"{recipe.mask.n}:{recipe.mask.m}" if layer["eligible"] else "no"
+        chosen = layer["pattern"] if recipe.mask.density is None else "by sensitivity"
+        masked = chosen if layer["eligible"] else "no"
         table.add_row(layer["layer"], shape, f"{layer['groups']:,}", masked, layer["reason"])
     console.print(table)
 

@@ -55,7 +55,7 @@ def sensitivity(
     masked.undress()
     open_layers = [name for name in scores if name not in fixed]
     dense = validation_loss(lambda x, t: unet(x, t).sample, batches)
-    fits = {name: [c for c in CANDIDATES if scores[name].shape[1] % parse_pattern(c).m == 0] for name in open_layers}
+    fits = {name: fitting(scores[name].shape) for name in open_layers}
     total, done, choices = sum(map(len, fits.values())), 0, []
     for name in open_layers:
         choices.append(LayerChoice(name, scores[name].numel(), {"dense": 0.0}))
@@ -72,6 +72,34 @@ def sensitivity(
             yield done, total, choices
 
 
+def require_reachable(unet: nn.Module, density: float, overrides: Overrides) -> None:
+    """ValueError when no layer is left to choose for, or when the sparsest patterns keep more than the budget.
+
+    By shapes alone, so that a recipe is refused before anything is trained.
+    """
+    reports = [r for r in masks.layer_reports(unet, 1, 2, overrides) if r.eligible]
+    sizes = {
+        r.layer: (math.prod(r.shape), fitting(r.shape)) for r in reports if masks.override(r.layer, overrides) is None
+    }
+    if not any(fits for _, fits in sizes.values()):
+        raise ValueError(f"mask.density={density}: no layer is left to choose a pattern for; remove it or mask.layers")
+    least = sum(min([_kept(size, name) for name in fits] or [size]) for size, fits in sizes.values())
+    _require_budget(density, least, sum(size for size, _ in sizes.values()))
+
+
+def _require_budget(density: float, least: int, total: int) -> None:
+    if least > density * total:
+        raise ValueError(
+            f"mask.density={density} cannot be reached: the sparsest patterns that fit keep {least / total:.3f}; "
+            f"set mask.density to {math.ceil(least / total * 1000) / 1000} or more"
+        )
+
+
+def fitting(shape: list[int] | tuple[int, ...]) -> list[str]:
+    """The candidates whose groups a weight of this shape can carry."""
+    return [name for name in CANDIDATES if pattern.ineligible(tuple(shape), parse_pattern(name).m) is None]
+
+
 def choose(choices: list[LayerChoice], density: float) -> dict[str, Any]:
     """Set ``chosen`` of each layer; ValueError when the budget is below what the patterns can reach.
 
@@ -80,12 +108,7 @@ def choose(choices: list[LayerChoice], density: float) -> dict[str, Any]:
     total = sum(choice.weights for choice in choices)
     options = [list(choice.increase) for choice in choices]
     costs = [[_kept(choice.weights, name) for name in names] for choice, names in zip(choices, options)]
-    least = sum(map(min, costs))
-    if least > density * total:
-        raise ValueError(
-            f"mask.density={density} cannot be reached: the sparsest patterns that fit keep {least / total:.3f}; "
-            f"set mask.density to {math.ceil(least / total * 1000) / 1000} or more"
-        )
+    _require_budget(density, sum(map(min, costs)), total)
     # A layer that measures better when masked is noise: it counts as no loss, not as a gain.
     values = [[max(0.0, choice.increase[name]) for name in names] for choice, names in zip(choices, options)]
     picked = knapsack(costs, values, int(density * total))

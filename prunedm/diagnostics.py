@@ -13,6 +13,7 @@ from .learn import FixedMasks, OffsetMasks
 from .masks import Bank, MaskedUNet
 
 COLLAPSED = 1e-4  # share of groups that a sample still changes
+MOVERS = {"sr-ste": "raise train.lr", "offset": "raise mask.lr"}  # what moves the masks of these methods
 EARLY, MOVED_BY = 0.5, 0.25  # shares of the steps
 
 
@@ -47,7 +48,7 @@ class Watcher:
             mask, rows = chosen[i], bank.rows()
             columns = {
                 "flips": pattern.flipped(mask, bank.initial),
-                "compliance": pattern.total(mask.to(torch.int8)) <= bank.n,
+                "compliance": pattern.total(mask.to(torch.int8)) == bank.n,
             }
             if self.previous is not None:
                 columns["moved"] = pattern.flipped(mask, self.previous[i])
@@ -70,7 +71,7 @@ class Watcher:
     def _alarms(self, step: int, figures: dict[str, float]) -> Iterator[tuple[str, str, str]]:
         window = self.learner.window
         share = (step - window.first) / max(1, window.last - window.first)
-        if not self.learner.learns or not 0 < share <= 1:
+        if not self.learner.learns or self.learner.follows(step - 1) or not 0 < share <= 1:
             return
         draws = "sample_flips" in figures and not isinstance(self.learner, OffsetMasks)
         if draws and share < EARLY and figures["sample_flips"] < COLLAPSED:
@@ -84,26 +85,24 @@ class Watcher:
             yield (
                 "no movement",
                 f"no group differs from the initial mask after {share:.0%} of the mask steps",
-                "raise mask.lr or mask.flip_budget, or give more mask.steps",
+                f"{MOVERS.get(self.learner.spec.method, 'raise mask.lr or mask.flip_budget')}, or give more mask.steps",
             )
 
 
 def _share(per_group: Any) -> float:
     """Mean over the groups of all banks."""
-    parts = [values.double() for values in per_group]
-    return (sum(values.sum() for values in parts) / sum(len(values) for values in parts)).item()
+    parts = list(per_group)
+    return sum(values.sum().item() for values in parts) / sum(len(values) for values in parts)
 
 
 def _means(values: Tensor, rows: Tensor, count: int) -> list[float]:
     """Mean of each layer's groups, in one scatter."""
-    sums = torch.zeros(count, dtype=torch.float64, device=values.device)
-    sums.index_add_(0, rows, values.double())
+    sums = torch.zeros(count, device=values.device).index_add_(0, rows, values.float())
     return [round(x, 5) for x in (sums / torch.bincount(rows, minlength=count)).tolist()]
 
 
 def _evenness(bank: Bank, mask: Tensor, rows: Tensor) -> list[float]:
-    counts = torch.zeros(len(bank.layers), bank.m, dtype=torch.float64, device=mask.device)
-    counts.index_add_(0, rows, mask.double())
-    p = counts / counts.sum(-1, keepdim=True)
+    counts = torch.zeros(len(bank.layers), bank.m, device=mask.device).index_add_(0, rows, mask.float())
+    p = (counts / counts.sum(-1, keepdim=True)).cpu()
     bits = -(p * p.clamp(min=1e-12).log2()).sum(-1)
     return [round(x, 5) for x in (bits / torch.tensor(float(bank.m)).log2()).tolist()]

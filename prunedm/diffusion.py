@@ -186,11 +186,12 @@ def validation_loss(denoiser: Denoiser, batches: list[NoisedBatch]) -> float:
 
 
 @torch.no_grad()
-def loss_by_bin(denoiser: Denoiser, batches: list[NoisedBatch], steps: int) -> list[float | None]:
-    """:func:`validation_loss` of each timestep bin, the cleanest first; None where no image fell into it."""
+def losses_by_bin(denoiser: Denoiser, batches: list[NoisedBatch], steps: int) -> tuple[float, list[float | None]]:
+    """:func:`validation_loss`, and that of each timestep bin, the cleanest first; None where no image fell."""
     errors = torch.cat([per_image_loss(denoiser, batch) for batch in batches]).cpu()
     bins = bin_of(torch.cat([batch.t for batch in batches]).cpu(), steps)
-    return [errors[bins == b].mean().item() if (bins == b).any() else None for b in range(TIMESTEP_BINS)]
+    by_bin = [errors[bins == b].mean().item() if (bins == b).any() else None for b in range(TIMESTEP_BINS)]
+    return errors.mean().item(), by_bin
 
 
 def make_sampler(name: str, scheduler, steps: int):

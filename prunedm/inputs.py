@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from . import allocate, bundled, data, maskfile, masks, store, structured, unet
 from .recipe import INITIALS, Recipe, parse_pattern
 from .records import LayerReport
@@ -29,20 +31,33 @@ def resolve_source(source: str, runs_dir: Path) -> str:
     return str(run.variant(variant or finished[-1]))
 
 
-def load_inputs(recipe: Recipe, runs_dir: Path, dense: Path | None = None) -> tuple[unet.Diffusion, data.Images]:
+def load_inputs(
+    recipe: Recipe, runs_dir: Path, dense: Path | None = None, masks_known: bool = False
+) -> tuple[unet.Diffusion, data.Images]:
     """Model and images of a recipe, or a ValueError in one line; nothing is written.
 
-    ``dense``: where a run already keeps its copy of the model, which then is the source.
+    ``dense``: where a run already keeps its copy of the model, which then is the source. ``masks_known``: it
+    keeps its initial masks too, and where they came from does not matter any more.
     """
     unet.resolve_device(recipe.device)
     model = unet.load(str(dense) if dense else resolve_source(recipe.model.source, runs_dir))
     images = data.load(recipe.data.source, model.image_shape)
-    if recipe.mask.method != "none":
-        masks.require_eligible(model.unet, recipe.mask.n, recipe.mask.m, overrides(recipe))
-    given = masks_source(recipe, runs_dir)
+    given = None if masks_known else masks_source(recipe, runs_dir)
     if given:
-        maskfile.manifest(given)
+        maskfile.read(given)
+    require_maskable(model.unet, recipe)
     return model, images
+
+
+def require_maskable(model: nn.Module, recipe: Recipe) -> None:
+    """ValueError in one line when stage 2 has nothing to work on."""
+    spec = recipe.mask
+    if spec.method == "none":
+        return
+    if spec.density is None:
+        masks.require_eligible(model, spec.n, spec.m, overrides(recipe))
+    else:
+        allocate.require_reachable(model, spec.density, overrides(recipe))
 
 
 def overrides(recipe: Recipe) -> masks.Overrides:
@@ -92,13 +107,13 @@ def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
     spec = recipe.mask
     layers = []
     if spec.method != "none":
-        masks.require_eligible(model.unet, spec.n, spec.m, overrides(recipe))
+        require_maskable(model.unet, recipe)
         layers = masks.layer_reports(model.unet, spec.n, spec.m, overrides(recipe))
     return {
         "parameters": {
             "dense": before,
             "structured": after,
-            "nm_nonzero": after - pruned_weights(layers, spec.density),
+            "nm_nonzero": after - pruned_weights(layers, recipe),
         },
         "macs": {"dense": macs, "structured": unet.macs(model.unet)},
         "prune": pruned.as_dict() if pruned else None,
@@ -106,12 +121,14 @@ def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
     }
 
 
-def pruned_weights(layers: list[LayerReport], density: float | None) -> int:
+def pruned_weights(layers: list[LayerReport], recipe: Recipe) -> int:
     """How many weights the masks take away: by each layer's pattern, or by the budget where one is set."""
-    eligible = [layer for layer in layers if layer.eligible]
-    if density is not None:
-        return round(sum(math.prod(layer.shape) for layer in eligible) * (1 - density))
-    return sum(layer.groups * (m - n) for layer in eligible for n, m in [parse_pattern(layer.pattern)])
+    density, pruned = recipe.mask.density, 0
+    for layer in (layer for layer in layers if layer.eligible):
+        found = parse_pattern(layer.pattern)
+        is_open = density is not None and masks.override(layer.layer, overrides(recipe)) is None
+        pruned += round(math.prod(layer.shape) * (1 - (density if is_open else found.density)))
+    return pruned
 
 
 def rounding(recipe: Recipe) -> int:

@@ -21,13 +21,14 @@ from .diffusion import TIMESTEP_BINS, NoisedBatch, bin_of
 from .masks import Bank, MaskedUNet
 from .recipe import FIXED_METHODS, Mask
 from .seeds import generator
-from .training import Task, Window, adam_state
+from .training import Task, Window, adam_state, require_finite
 
-REFRESH_AFTER = 100  # steps for the tracker to mean something, at its decay
 GUMBEL_FLIPS, GUMBEL_TAU = 0.05, (1.0, 0.1)
 REINFORCE_FLIPS, REINFORCE_RATE = 0.01, 0.5
-OFFSET_RATE, OFFSET_TAU = 0.02, (0.5, 0.05)
+OFFSET_RATE, OFFSET_MOMENTUM, OFFSET_TAU = 0.01, 0.9, (0.5, 0.05)
+AGREEING = 0.99  # of the smallest kept weight: where a pruned one may stand at most
 SPREAD_MEMORY = 100  # steps over which the advantage's spread is averaged
+ADAM_EPSILON = 1e-2  # of the root mean square of the logits' gradient (measured: RESULTS.md)
 ADAPT_EVERY = 10  # steps between looks at the entropy (adaptive temperature)
 
 
@@ -47,7 +48,9 @@ class FixedMasks:
 
     def prepare(self, step: int, train: bool) -> None:
         if self.learns and step == self.window.last:
-            self.settle()
+            self.masked.wear(self._choose())  # for good
+            if self.spec.then == "sr-ste":
+                self._let_magnitude_agree()
         self.at = step
         state = (self.needs_gradients(step) or train, train)
         if state != self._state:
@@ -58,9 +61,15 @@ class FixedMasks:
         """Whether the masks' own update at this step asks for gradients of the masked weights."""
         return False
 
+    def follows(self, step: int) -> bool:
+        """Whether the masks follow the weights at this step, as in SR-STE."""
+        return self.learns and self.spec.then == "sr-ste" and step >= self.window.last
+
     def step(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
         if self.learns and self.window.holds(step):
             return self._learn(task, batch, step, train)
+        if self.follows(step):
+            return self._follow(task, batch)
         value = self._loss(task, batch, self.masked.wear, train)
         if train:
             for bank in self.masked.banks:
@@ -69,6 +78,23 @@ class FixedMasks:
 
     def _learn(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
         raise AssertionError("a method that learns has its own")
+
+    def _follow(self, task: Task, batch: NoisedBatch) -> dict[str, float]:
+        """A step under magnitude masks, chosen anew (SR-STE, arXiv 2102.04010, eq. 8): the gradient in the
+        masked weights goes to all dense weights, and the pruned ones decay: grad + lambda (1 - mask) w."""
+        value = self._loss(task, batch, lambda: self.masked.wear(by_magnitude(self.masked)), True)
+        decay_pruned(self.masked, self.spec.sr_decay)
+        return {"loss": value}
+
+    @torch.no_grad()
+    def _let_magnitude_agree(self) -> None:
+        """Shrink pruned weights below the smallest kept one of their group: the model under its masks is the
+        same, and magnitude now chooses these very masks."""
+        for bank in self.masked.banks:
+            kept = bank.weights.detach().abs().masked_fill(bank.mask.logical_not(), math.inf)
+            most = kept.amin(-1, keepdim=True) * AGREEING
+            shrunk = bank.weights.detach().clamp(-most, most)
+            bank.weights.copy_(torch.where(bank.mask, bank.weights, shrunk))
 
     def _loss(self, task: Task, batch: NoisedBatch, wear, backward: bool) -> float:
         """The loss under the masks that ``wear()`` puts on, and its gradients when asked for."""
@@ -83,19 +109,20 @@ class FixedMasks:
 
     def choice(self) -> list[Tensor]:
         """The masks that the method would choose now, boolean ``[G, M]`` a bank."""
+        if self.follows(self.at):
+            return by_magnitude(self.masked)
         return self._choose() if self.learns and self.window.holds(self.at) else self.masked.masks()
 
     def _choose(self) -> list[Tensor]:
         raise AssertionError("a method that learns has its own")
 
-    def settle(self) -> None:
-        """Wear the chosen masks: at the end of their window, for good."""
-        self.masked.wear(self.choice())
-
     def finish(self) -> None:
         """Wear what the whole stage chose. Averaged weights, if any, are in place by now."""
-        self.at = self.window.last - 1 if self.window.last >= self.steps else self.steps
-        self.settle()
+        if self.follows(self.steps):
+            self.masked.wear(by_magnitude(self.masked))
+        else:
+            open_to_the_end = self.learns and self.window.last >= self.steps
+            self.masked.wear(self._choose() if open_to_the_end else None)
 
     def logits(self) -> list[Tensor]:
         """What the masks are drawn from, for diagnostics; empty when nothing is learned."""
@@ -112,11 +139,7 @@ class FixedMasks:
 
 
 class SrSteMasks(FixedMasks):
-    """Magnitude masks, chosen anew at each step, while the weights train (SR-STE, arXiv 2102.04010, eq. 8).
-
-    The gradient in the masked weights goes to all dense weights (straight-through), and the pruned ones
-    decay: grad + lambda (1 - mask) w.
-    """
+    """Magnitude masks, chosen anew at each step, while the weights train (SR-STE, arXiv 2102.04010)."""
 
     learns = True
 
@@ -124,13 +147,10 @@ class SrSteMasks(FixedMasks):
         return self.window.holds(step)
 
     def _learn(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
-        value = self._loss(task, batch, lambda: self.masked.wear(self._choose()), True)
-        for bank in self.masked.banks:
-            bank.grad.addcmul_(bank.weights.detach(), bank.mask.logical_not(), value=self.spec.sr_decay)
-        return {"loss": value}
+        return self._follow(task, batch)
 
     def _choose(self) -> list[Tensor]:
-        return [pattern.keep(bank.weights.detach().abs(), bank.n) for bank in self.masked.banks]
+        return by_magnitude(self.masked)
 
 
 class LogitMasks(FixedMasks):
@@ -144,7 +164,7 @@ class LogitMasks(FixedMasks):
         budget = spec.flip_budget or self.flip_budget
         for bank in masked.banks:
             bank.logits = self._start(bank, budget)
-        self.peak = spec.lr or self.default_rate(steps)
+        self.peak = spec.lr or self.default_rate(self.window.last - self.window.first)
 
     def _start(self, bank: Bank, budget: float) -> Tensor:
         return bank.initial.to(bank.weights.dtype) * masks.confidence(bank.n, bank.m, budget)
@@ -182,9 +202,7 @@ class GumbelMasks(LogitMasks):
 
     def __init__(self, masked: MaskedUNet, spec: Mask, steps: int, seed: int) -> None:
         super().__init__(masked, spec, steps, seed)
-        logits = [bank.logits.requires_grad_(True) for bank in masked.banks]
-        fused = logits[0].device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(logits, lr=self.peak, fused=fused)
+        self.optimizer = self._optimizer([bank.logits.requires_grad_(True) for bank in masked.banks])
         self.first_tau = spec.tau_start or self.tau[0]
         self.last_tau = min(spec.tau_end or self.tau[1], self.first_tau)
         # adaptive temperature: entropy at the start and the share of it that is left
@@ -192,6 +210,10 @@ class GumbelMasks(LogitMasks):
 
     def default_rate(self, steps: int) -> float:
         return gumbel_rate(steps)
+
+    def _optimizer(self, logits: list[Tensor]) -> torch.optim.Optimizer:
+        fused = logits[0].device.type in ("cpu", "cuda")
+        return torch.optim.Adam(logits, lr=self.peak, eps=ADAM_EPSILON, fused=fused)
 
     def needs_gradients(self, step: int) -> bool:
         return self.window.holds(step)
@@ -224,16 +246,20 @@ class GumbelMasks(LogitMasks):
         keys = [self._keys(bank, tau, gen) for bank in self.masked.banks]
         hard = [pattern.keep(key, bank.n) for key, bank in zip(keys, self.masked.banks)]
         value = self._loss(task, batch, lambda: self.masked.wear(hard), True)
-        for bank, key in zip(self.masked.banks, keys):
-            bank.logits.grad = straight_through(bank, key).mul_(bank.n / tau)
-        norm = torch.nn.utils.get_total_norm([bank.logits.grad for bank in self.masked.banks])
+        gradients = [straight_through(bank, key).mul_(bank.n / tau) for bank, key in zip(self.masked.banks, keys)]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        require_finite("masks' gradient norm", norm, step, "mask", "mask.lr")
+        # In units of its root mean square: what the optimiser does is then the same for any size of model.
+        scale = math.sqrt(sum(gradient.numel() for gradient in gradients)) / max(norm, 1e-30)
+        for bank, gradient in zip(self.masked.banks, gradients):
+            bank.logits.grad = gradient.mul_(scale)
         rate = self.rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         if train:
             self._weights_gradient()
-        return {"loss": value, "tau": tau, "mask_lr": rate, "mask_grad_norm": norm.item()}
+        return {"loss": value, "tau": tau, "mask_lr": rate, "mask_grad_norm": norm}
 
     def _weights_gradient(self) -> None:
         """What reaches the dense weights: here the kept ones only."""
@@ -258,7 +284,7 @@ class OffsetMasks(GumbelMasks):
     """A learned offset over magnitude, for training beside the weights: score = log|w| + offset.
 
     The masks follow the weights as in SR-STE, and the offset, trained straight-through without noise,
-    corrects magnitude where the loss says so. Pruned weights go on receiving gradient.
+    corrects magnitude where the loss says so. Pruned weights go on receiving gradient and decay, as there.
     """
 
     tau = OFFSET_TAU
@@ -275,8 +301,13 @@ class OffsetMasks(GumbelMasks):
     def _keys(self, bank: Bank, tau: float, gen: torch.Generator) -> Tensor:
         return magnitude_score(bank).add_(bank.logits).div_(tau)
 
+    def _optimizer(self, logits: list[Tensor]) -> torch.optim.Optimizer:
+        """Momentum, so that a group that matters more moves further: Adam gives each weight the same step,
+        and the many that do not matter then flip at random."""
+        return torch.optim.SGD(logits, lr=self.peak, momentum=OFFSET_MOMENTUM)
+
     def _weights_gradient(self) -> None:
-        pass
+        decay_pruned(self.masked, self.spec.sr_decay)
 
 
 class ReinforceMasks(LogitMasks):
@@ -324,17 +355,17 @@ class ReinforceMasks(LogitMasks):
             values.append(losses.mean().item())
             residuals.append(residual.mean().item())
             advantages.append(advantage)
-        rate = self.rate(step)
+        rate, norm = self.rate(step), torch.nn.utils.get_total_norm(moves).item()
+        require_finite("masks' gradient norm", norm, step, "mask", "mask.lr")
         for bank, move in zip(self.masked.banks, moves):
             bank.logits -= rate * move
-        norm = torch.nn.utils.get_total_norm(moves)
         self._refresh()
         mean = 1 / self.spec.samples
         figures = {"loss": sum(values) * mean, "residual": sum(residuals) * mean, "advantage": sum(advantages) * mean}
         bins_of_tracker = {f"tracker.{b}": value for b, value in enumerate(self.tracker.tolist())}
         spread = self.spread[0].sqrt().item()
         figures |= {"residual_spread": spread, "tracker": self.tracker.mean().item(), **bins_of_tracker}
-        return figures | {"mask_lr": rate, "mask_grad_norm": norm.item()}
+        return figures | {"mask_lr": rate, "mask_grad_norm": norm}
 
     def _base(self, task: Task, batch: NoisedBatch, step: int) -> Tensor:
         """f(m_0) of each image, from the cache where the recipe keeps one (the paper's way)."""
@@ -380,15 +411,18 @@ class ReinforceMasks(LogitMasks):
         for b in bins.unique().tolist():
             mean = residual[bins == b].mean()
             self.tracker[b] += (1 - self.spec.tracker_decay) * (mean - self.tracker[b])
+        # The spread of the steps before: one that held the present advantage would bias the gradient.
+        before = self.spread[0].sqrt() if self.spread[1] else advantage.abs()
+        scale = before.clamp(min=1e-12) if self.spec.normalize_advantage else 1.0
         self.spread[1] += 1
         self.spread[0] += (advantage.square() - self.spread[0]) / self.spread[1].clamp(max=SPREAD_MEMORY)
-        scale = self.spread[0].sqrt().clamp(min=1e-12) if self.spec.normalize_advantage else 1.0
         return (advantage / scale).item()
 
     def _refresh(self) -> None:
         """Measure against the present choice once samples beat the old reference on average."""
         self.since += 1
-        if self.spec.refresh and self.since >= REFRESH_AFTER and self.tracker.mean() < 0:
+        settled = self.since >= 1 / (1 - self.spec.tracker_decay)  # the tracker has forgotten its start
+        if self.spec.refresh and settled and self.tracker.mean() < 0:
             self.reference = self._choose()
             self.cached.clear()
             self.tracker.zero_()
@@ -422,6 +456,17 @@ def straight_through(bank: Bank, key: Tensor) -> Tensor:
     p = pattern.probabilities(key)
     weighted = p * (bank.grad * bank.weights.detach())
     return weighted.sub_(p.mul_(pattern.total(weighted)[:, None]))
+
+
+def by_magnitude(masked: MaskedUNet) -> list[Tensor]:
+    """Magnitude masks of the weights of the moment, boolean ``[G, M]`` a bank."""
+    return [pattern.keep(bank.weights.detach().abs(), bank.n) for bank in masked.banks]
+
+
+def decay_pruned(masked: MaskedUNet, rate: float) -> None:
+    """Add ``rate`` times the pruned weights to the gradient (SR-STE's term)."""
+    for bank in masked.banks:
+        bank.grad.addcmul_(bank.weights.detach(), bank.mask.logical_not(), value=rate)
 
 
 def magnitude_score(bank: Bank) -> Tensor:

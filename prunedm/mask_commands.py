@@ -106,6 +106,8 @@ def baseline(
     from .masks import MaskedUNet
     from .training import Task
 
+    if recipes.resolve(recipe_file, None, assignments).mask.density is not None:
+        raise inputs.InputError("masks baseline measures mask.n, mask.m and mask.layers; set mask.density to null")
     recipe = inputs.absolute(recipes.resolve(recipe_file, None, assignments), runs_dir)
     model, images = inputs.load_inputs(recipe, runs_dir)
     device = unet.resolve_device(recipe.device)
@@ -122,8 +124,7 @@ def baseline(
     from rich.table import Table
 
     table = Table("timesteps", "dense", "m0", "m0 / dense", title=f"{label}, {found['images']} held-out images")
-    steps = model.scheduler.config.num_train_timesteps
-    width = steps // len(found["dense"])
+    width = found["timesteps"] // len(found["dense"])
     names = [f"{i * width} to {(i + 1) * width - 1}" for i in range(len(found["dense"]))]
     pairs = zip([*names, "all"], [*found["dense"], found["dense_mean"]], [*found["m0"], found["m0_mean"]])
     for name, dense, m0 in pairs:

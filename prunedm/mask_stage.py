@@ -53,18 +53,11 @@ def baseline(masked: MaskedUNet, scheduler, held_out: torch.Tensor, seed: int) -
     count = min(BASELINE_IMAGES, len(held_out))
     batches = diffusion.validation_batches(scheduler, data.to_float(held_out[:count], device), count, 128, seed)
     steps = scheduler.config.num_train_timesteps
-
-    def losses() -> tuple[list[float], float]:
-        def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return masked(x, t).sample
-
-        return diffusion.loss_by_bin(predict, batches, steps), diffusion.validation_loss(predict, batches)
-
-    masked.undress()
-    dense, dense_mean = losses()
-    masked.wear()
-    m0, m0_mean = losses()
-    return {"images": count, "dense": dense, "m0": m0, "dense_mean": dense_mean, "m0_mean": m0_mean}
+    found: dict[str, Any] = {"images": count, "timesteps": steps}
+    for name, dress in (("dense", masked.undress), ("m0", masked.wear)):
+        dress()
+        found[f"{name}_mean"], found[name] = diffusion.losses_by_bin(lambda x, t: masked(x, t).sample, batches, steps)
+    return found
 
 
 class MaskStage:
@@ -96,12 +89,13 @@ class MaskStage:
     def _patterns(self, base: nn.Module, task: Task, held_out: torch.Tensor) -> Iterator[Step]:
         """The layers' patterns; with a density, the recipe's own overrides stay as they are."""
         spec = self.recipe.mask
+        if initial_kind(self.recipe) not in INITIALS:
+            return self._patterns_of_the_file()
         given = [(layer.match, layer.pattern) for layer in spec.layers]
         if spec.density is None:
             return given
         batches = allocate.held_out_batches(task, held_out, SENSITIVITY_IMAGES, self.recipe.seed)
         kind = initial_kind(self.recipe)
-        kind = kind if kind in INITIALS else "magnitude"
         for measured, of, choices in allocate.sensitivity(base, kind, given, task, batches):
             yield Step("mask", measured, of)
         record = allocate.choose(choices, spec.density)
@@ -111,6 +105,13 @@ class MaskStage:
             f"predicted loss increase {record['predicted_increase']:.5f}"
         )
         return given + allocate.overrides(record)
+
+    def _patterns_of_the_file(self) -> list[tuple[str, str]]:
+        """Another run's masks bring their patterns with them; what they do not cover stays dense."""
+        layers = maskfile.manifest(maskfile.locate(Path(initial_kind(self.recipe))))["layers"]
+        found = sorted({layer["pattern"] for layer in layers.values()})
+        self.run.log(f"patterns are those of the given masks: {', '.join(found)} in {len(layers)} layers")
+        return [("*", "dense"), *((name, layer["pattern"]) for name, layer in layers.items())]
 
     def _watch(self) -> Watcher:
         """The watcher, which in a resumed run knows the alerts and the snapshot that came before."""

@@ -55,8 +55,10 @@ def manifest(path: Path) -> dict[str, Any]:
     """The JSON beside a masks file; MaskFileError when it is missing or not what :func:`write` makes."""
     try:
         found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-        good = found["schema"] == SCHEMA and all(
-            isinstance(layer["shape"], list)
+        good = found["schema"] == SCHEMA and isinstance(found["sha256"], str)
+        good = good and all(
+            isinstance(layer["kept"], int)
+            and isinstance(layer["shape"], list)
             and 2 <= len(layer["shape"]) <= 5
             and all(isinstance(side, int) and side > 0 for side in layer["shape"])
             and parse_pattern(layer["pattern"])

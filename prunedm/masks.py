@@ -39,8 +39,9 @@ Overrides = Sequence[tuple[str, str]]  # (name pattern, "N:M" or "dense"); the l
 
 # --- the distribution of a mask ---------------------------------------------------------------
 def uniform(shape: torch.Size, gen: torch.Generator | None, like: Tensor) -> Tensor:
-    """Uniform noise in (0, 1), drawn on the CPU so that every device gets the same."""
-    return torch.rand(shape, generator=gen).clamp_(SMALLEST_UNIFORM, 1 - SMALLEST_UNIFORM).to(like)
+    """Uniform noise in (0, 1), drawn where the generator lives: on the CPU every device gets the same."""
+    device = gen.device if gen is not None else "cpu"
+    return torch.rand(shape, generator=gen, device=device).clamp_(SMALLEST_UNIFORM, 1 - SMALLEST_UNIFORM).to(like)
 
 
 def gumbel(u: Tensor) -> Tensor:
@@ -81,6 +82,7 @@ def score(logits: Tensor, mask: Tensor) -> Tensor:
 
     Exact for every N: 2^N subsets; N = 1 and N = 2 need no subsets at all and are written out.
     """
+    logits, mask = logits.detach(), mask.to(logits.dtype)
     n = int(mask[0].sum())
     if n == 1:
         return mask - pattern.probabilities(logits)
@@ -115,6 +117,7 @@ def ordered_score(logits: Tensor, order: Tensor) -> Tensor:
 
     Unbiased like :func:`score` and noisier; its cost grows with N and not with 2^N.
     """
+    logits = logits.detach()
     remaining = logits
     gradient = torch.zeros_like(logits).scatter_(-1, order, 1.0)
     for a in order.unbind(-1):
@@ -222,9 +225,9 @@ class MaskedUNet:
     """A UNet whose eligible weights are multiplied by N:M masks.
 
     No layer is replaced: the UNet's own parameters hold ``weight * mask`` and the dense weights live in
-    the banks. :meth:`wear` writes all masked weights in two operations a pattern, and the parameters'
-    ``.grad`` are views of the banks' ``grad``, so a step costs the same few operations for any number of
-    layers. Names, shapes and checkpoints stay those of diffusers; baking is wearing the last mask.
+    the banks. :meth:`wear` writes all masked weights in two (foreach) operations a pattern, and the
+    parameters' ``.grad`` are views of the banks' ``grad``, so a step dispatches the same few operations for
+    any number of layers. Names, shapes and checkpoints stay those of diffusers; baking is wearing the last mask.
     """
 
     def __init__(self, unet: nn.Module, n: int, m: int, overrides: Overrides = ()) -> None:
@@ -241,11 +244,6 @@ class MaskedUNet:
                 wanted.setdefault(parse_pattern(report.pattern), []).append(report)
         self.banks = [self._bank(*item) for item in wanted.items()]
         self.set_initial([bank.weights.abs() for bank in self.banks])
-
-    @property
-    def config(self):
-        """The UNet's own configuration."""
-        return self.unet.config
 
     def __call__(self, x: Tensor, t: Tensor):
         """The UNet's output under the masks that it wears."""

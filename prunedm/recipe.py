@@ -6,9 +6,10 @@ module in ``presets/``.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -91,6 +92,19 @@ FIXED_METHODS = ("fixed", "random", "magnitude", "wanda", "fisher")  # masks tha
 METHODS = ("none", *FIXED_METHODS, "sr-ste", "gumbel", "reinforce", "offset")
 INITIALS = ("random", "magnitude", "wanda", "fisher")
 TIMESTEPS = ("uniform", "early", "late", "importance")
+LEARNED = ("gumbel", "reinforce", "offset")
+READ_BY = {  # fields of mask that only some methods read: elsewhere they must keep their default
+    **dict.fromkeys(("lr", "schedule", "warmup"), LEARNED),
+    **dict.fromkeys(("masks_from", "masks_until"), ("sr-ste", *LEARNED)),
+    "then": ("gumbel", "reinforce"),
+    "initial": ("fixed", "gumbel", "reinforce"),
+    "flip_budget": ("gumbel", "reinforce"),
+    **dict.fromkeys(("temperature", "tau_start", "tau_end"), ("gumbel", "offset")),
+    **dict.fromkeys(("normalize_advantage", "tracker_decay", "refresh"), ("reinforce",)),
+    **dict.fromkeys(("samples", "antithetic", "cached_batches"), ("reinforce",)),
+    "sr_decay": ("sr-ste", "offset", "gumbel", "reinforce"),
+    **dict.fromkeys(("layers", "density"), tuple(m for m in METHODS if m != "none")),
+}
 
 
 class LayerPattern(_Section):
@@ -129,6 +143,9 @@ class Mask(_Section):
     warmup: Share = Field(0.0, description="share of the mask steps in which their rate rises")
     masks_from: Share = Field(0.0, description="share of the steps before the masks begin to learn")
     masks_until: Share = Field(1.0, description="share of the steps after which the masks are frozen")
+    then: Literal["frozen", "sr-ste"] = Field(
+        "frozen", description="what the masks do after masks_until: stay, or follow the training weights as in SR-STE"
+    )
     weights_from: Share = Field(0.0, description="share of the steps before the weights begin to train")
     weights_until: Share = Field(1.0, description="share of the steps after which the weights are frozen")
     flip_budget: float | None = Field(
@@ -149,7 +166,7 @@ class Mask(_Section):
     cached_batches: int = Field(
         0, ge=0, le=100_000, description="reinforce: cycle over so many fixed batches and keep their f(m0); 0: off"
     )
-    sr_decay: float = Field(2e-4, ge=0, le=1, description="sr-ste: decay of the pruned weights")
+    sr_decay: float = Field(2e-4, ge=0, le=1, description="sr-ste, offset: decay of the pruned weights")
     snapshot_every: int | None = Field(None, ge=1, description="steps between mask snapshots; empty: 20 in all")
 
     @model_validator(mode="after")
@@ -159,8 +176,30 @@ class Mask(_Section):
         for a, b in (("masks_from", "masks_until"), ("weights_from", "weights_until")):
             if getattr(self, a) >= getattr(self, b):
                 raise ValueError(f"{a}={getattr(self, a)} must be less than {b}={getattr(self, b)}; try 0 and 1")
-        if self.initial and self.method in ("none", "sr-ste", *INITIALS):
-            raise ValueError(f"initial={self.initial} has no use with method={self.method}; use fixed or a learned one")
+        for name, methods in READ_BY.items():
+            value = getattr(self, name)
+            if self.method not in methods and value != type(self).model_fields[name].get_default(
+                call_default_factory=True
+            ):
+                used = ", ".join(methods) if len(methods) < 6 else "a method other than none"
+                raise ValueError(f"{name}={value} is not read by method={self.method}; remove it or use {used}")
+        if not self.train_weights and (self.weights_from, self.weights_until) != (0, 1):
+            raise ValueError(
+                "weights_from and weights_until are read when the weights train; set train_weights to true"
+            )
+        if self.then == "sr-ste" and (self.masks_until == 1 or not self.train_weights):
+            raise ValueError(
+                "then=sr-ste follows the weights after masks_until; set train_weights, and masks_until to 0.2"
+            )
+        if self.method == "sr-ste" and not self.train_weights:
+            raise ValueError("method=sr-ste follows the weights; set train_weights to true")
+        if self.tau_start and self.tau_end and self.tau_end > self.tau_start:
+            raise ValueError(f"tau_end={self.tau_end} must not exceed tau_start={self.tau_start}; try 1 and 0.1")
+        most = 1 - 1 / math.comb(self.m, self.n)
+        if self.flip_budget is not None and self.flip_budget >= most:
+            raise ValueError(f"flip_budget={self.flip_budget} must be below {most:.3f} for {self.n}:{self.m}; try 0.05")
+        if self.density is not None and self.initial not in (None, *INITIALS):
+            raise ValueError(f"density chooses patterns and initial={self.initial} brings its own; remove one of them")
         if self.antithetic and self.samples % 2:
             raise ValueError(f"antithetic draws masks in pairs and samples={self.samples} is odd; try 2")
         if self.cached_batches and self.train_weights:
@@ -221,13 +260,21 @@ class Recipe(_Section):
             raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
         return value
 
+    @model_validator(mode="after")
+    def _cycle(self) -> Recipe:
+        if self.mask.cached_batches and self.train.timesteps == "importance":
+            raise ValueError(
+                "mask.cached_batches keeps timesteps that train.timesteps=importance would change; use uniform"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The document that :func:`parse` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML in which ``1e-4`` is a number, and in which a key may stand only once."""
+    """Safe YAML in which ``1e-4`` is a number, ``1:4`` is no base 60, and a key may stand only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -240,11 +287,17 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 # ValueError: dates that are none, such as 2024-13-45; RecipeError is one and passes through below.
 YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0b[01_]+|0x[\da-fA-F_]+|0o?[0-7_]+|0|[1-9][\d_]*)",
+    "tag:yaml.org,2002:float": r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.[\d_]+([eE][-+]?\d+)?"
+    r"|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in NUMBERS]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_form})$"), list("-+0123456789."))
 
 
 def parse_value(text: str) -> Any:
@@ -370,8 +423,9 @@ def _explain(error: ValidationError) -> str:
 
 def _fields_at(location: tuple) -> list[str]:
     section: Any = Recipe
-    for key in location:
+    for key in (key for key in location if isinstance(key, str)):
         section = section.model_fields[key].annotation
+        section = get_args(section)[0] if get_origin(section) is list else section
     return list(section.model_fields)
 
 

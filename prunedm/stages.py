@@ -41,7 +41,8 @@ class Pipeline:
         """Every step of every stage that is not done yet."""
         runs_dir = self.run.folder.parent
         dense = self.run.variant("dense") if "dense" in self.run.variants() else None
-        self.model, self.images = load_inputs(self.recipe, runs_dir, dense)
+        known = self.run.has_checkpoint(mask_stage.M0)
+        self.model, self.images = load_inputs(self.recipe, runs_dir, dense, masks_known=known)
         self._redo_what_is_missing()
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
@@ -80,7 +81,9 @@ class Pipeline:
         results = {
             "prune": spec.prune.target == 0 or "structured" in self.run.variants() or self.run.has_checkpoint("pruned"),
             "finetune": spec.prune.target == 0 or "structured" in self.run.variants(),
-            "mask": spec.mask.method == "none" or "nm" in self.run.variants() or self.run.has_checkpoint("masked"),
+            "mask": spec.mask.method == "none"
+            or "nm" in self.run.variants()
+            or (self.run.has_checkpoint("masked") and self.run.has_checkpoint(mask_stage.M0)),
             "recover": spec.mask.method == "none" or "nm" in self.run.variants(),
         }
         for stage, there in results.items():
@@ -133,13 +136,10 @@ class Pipeline:
         weights = Weights(masked.trainable(), self.recipe.train, window) if spec.train_weights else None
         steps = 0 if spec.method in FIXED_METHODS and weights is None else spec.steps
         if not self.run.has_checkpoint("mask"):
+            self.run.forget_after("mask", 0)
             stage.snapshot(0)
             self._draw("mask", 0, masked.unet)
-        try:
-            yield from self._train("mask", steps, task, learner, weights, stage)
-        except Diverged as error:
-            self._alert("mask", self.trainer.done, "not a number", str(error), "lower train.lr or mask.lr")
-            raise
+        yield from self._train("mask", steps, task, learner, weights, stage)
         if weights is not None and steps:
             weights.use_average()
         learner.finish()
@@ -200,7 +200,7 @@ class Pipeline:
         previewed = {max(1, steps // 2), max(1, steps // 4), max(1, steps * 3 // 4)} if steps > 1 else set()
         if steps < 200:
             previewed = {steps // 2} & previewed
-        for step in trainer:
+        for step in self._watched(trainer):
             if masks is not None:
                 for alert in masks.follow(step):
                     self._alert(stage, step.step, **alert)
@@ -209,6 +209,15 @@ class Pipeline:
             yield step
             if time.monotonic() - self.saved > self.checkpoint_after:
                 self.save_checkpoint()
+
+    def _watched(self, trainer: Trainer) -> Iterator[Step]:
+        """The trainer's steps; one that ends in no number leaves an alert."""
+        try:
+            yield from trainer
+        except Diverged as error:
+            text, _, remedy = str(error).partition("; ")
+            self._alert(trainer.stage, trainer.done, "not a number", text, remedy)
+            raise
 
     def _task(self) -> Task:
         """The recipe's task; the teacher, where one is asked for, is the dense variant."""

@@ -291,7 +291,9 @@ class Run:
         """The layer report of stage 2; empty before it."""
         path = self.folder / "layers.json"
         found = read_json(path) if path.exists() else []
-        if not isinstance(found, list) or not _all_have(found, {f.name for f in dataclasses.fields(LayerReport)}):
+        if not isinstance(found, list) or not _all_have(
+            found, {f.name for f in dataclasses.fields(LayerReport) if f.default is dataclasses.MISSING}
+        ):
             raise StoreError(f"{path} is damaged; restore it or run the recipe again")
         return found
 

@@ -228,6 +228,16 @@ def adam_state(tensors: dict[str, Tensor], prefix: str, like: Tensor) -> dict[st
     return {k.removeprefix(prefix): v.to(like.device) for k, v in tensors.items() if k.startswith(prefix)}
 
 
+class Diverged(ArithmeticError):
+    """A loss or gradient is no longer a number."""
+
+
+def require_finite(what: str, value: float, step: int, stage: str, remedy: str) -> None:
+    """Raise Diverged in one line unless ``value`` is a finite number."""
+    if not math.isfinite(value):
+        raise Diverged(f"the {what} became {value} at step {step + 1} of {stage}; lower {remedy}")
+
+
 class Learner(Protocol):
     """What a trainer drives: DenseLoss below, and the mask methods of learn.py."""
 
@@ -263,10 +273,6 @@ class DenseLoss:
         pass
 
 
-class Diverged(ArithmeticError):
-    """The loss is no longer a number."""
-
-
 class Trainer:
     """A stage of training: a learner, maybe weights, so many steps; resumable at any of them."""
 
@@ -281,17 +287,12 @@ class Trainer:
             train = self.weights is not None and self.weights.window.holds(step)
             self.learner.prepare(step, train)
             values = self.learner.step(self.task, self.task.batch(self.stage, step), step, train)
-            self._require_finite("loss", values["loss"])
+            require_finite("loss", values["loss"], step, self.stage, "train.lr or mask.lr")
             if train:
                 values |= self.weights.update(step)
-                self._require_finite("gradient norm", values["grad_norm"])
+                require_finite("gradient norm", values["grad_norm"], step, self.stage, "train.lr")
             self.done = step + 1
             yield Step(self.stage, self.done, self.steps, values)
-
-    def _require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            where = f"at step {self.done + 1} of {self.stage}"
-            raise Diverged(f"the {what} became {value} {where}; lower train.lr or mask.lr")
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""

@@ -53,7 +53,7 @@ def test_figures_over_all_layers_weigh_every_group_alike():
     assert figures["flips"] == 0
     differ = [pattern.flipped(bank.mask, bank.initial) for bank in found.masked.banks]
     assert figures["sample_flips"] == pytest.approx(torch.cat(differ).double().mean().item())
-    assert set(watcher(method="sr-ste").figures()) == {"flips"}
+    assert set(watcher(method="sr-ste", train_weights=True).figures()) == {"flips"}
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ def spoil_manifest(path, change):
         lambda path: spoil_manifest(path, lambda r: next(iter(r["layers"].values())).update(pattern="dense")),
         lambda path: spoil_manifest(path, lambda r: next(iter(r["layers"].values())).update(pattern="3:7")),
         lambda path: spoil_manifest(path, lambda r: r.update(schema=99)),
+        lambda path: spoil_manifest(path, lambda r: r.pop("sha256")),
+        lambda path: spoil_manifest(path, lambda r: next(iter(r["layers"].values())).pop("kept")),
     ],
 )
 def test_torn_and_altered_files_are_refused_in_one_line(written, damage):

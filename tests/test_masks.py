@@ -73,6 +73,16 @@ def test_score_equals_autograd_for_every_set(n, m):
     assert torch.allclose(masks.score(logits.detach(), every), logits.grad, atol=1e-9)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (4, 8)])
+def test_score_takes_boolean_masks_and_logits_that_require_gradients(n, m):
+    logits = torch.randn(5, m, generator=torch.Generator().manual_seed(0))
+    mask = masks.sample_masks(logits, n, torch.Generator().manual_seed(1))
+    wanted = masks.score(logits, mask)
+    found = masks.score(logits.clone().requires_grad_(True), mask.bool())
+    assert torch.equal(found, wanted) and not found.requires_grad
+    assert pattern.entropy(logits.clone().requires_grad_(True)).requires_grad, "and entropy is differentiable"
+
+
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_the_score_has_mean_zero(n, m):
     torch.manual_seed(4)

@@ -45,6 +45,21 @@ def test_scientific_notation_without_a_dot_is_a_number(text):
         ("device=gpu", ["device='gpu'", "cuda"]),
         ("name=../up", ["name='../up'"]),
         ("seed=-1", ["seed=-1"]),
+        ("mask.layers=[{match: a, pattern: 4:2}]", ["mask.layers.0.pattern='4:2'", "1 <= N < M <= 16", "try 2:4"]),
+        ("mask.layers=[{match: a, pattern: 1:4, foo: 1}]", ["mask.layers.0.foo", "not a field", "match, pattern"]),
+        ("mask.flip_budget=0.9", ["flip_budget=0.9", "must be below 0.833 for 2:4"]),
+        ("mask={method: wanda, lr: 0.1}", ["lr=0.1 is not read by method=wanda", "gumbel"]),
+        ("mask={method: offset, initial: fisher}", ["initial=fisher is not read by method=offset"]),
+        ("mask={method: gumbel, samples: 2}", ["samples=2 is not read by method=gumbel", "reinforce"]),
+        ("mask={method: none, density: 0.5}", ["density=0.5 is not read by method=none", "other than none"]),
+        ("mask.method=sr-ste", ["sr-ste follows the weights", "train_weights"]),
+        ("mask={masks_from: 0.5, masks_until: 0.5}", ["masks_from=0.5 must be less than masks_until=0.5"]),
+        ("mask.then=sr-ste", ["then=sr-ste follows the weights after masks_until"]),
+        ("mask.weights_from=0.5", ["read when the weights train"]),
+        ("mask={method: reinforce, antithetic: true}", ["samples=1 is odd"]),
+        ("mask={method: reinforce, cached_batches: 2, train_weights: true}", ["cached_batches", "frozen"]),
+        ("mask={tau_start: 0.1, tau_end: 1}", ["tau_end=1.0 must not exceed tau_start=0.1"]),
+        ("mask={density: 0.5, initial: some-run}", ["density chooses patterns", "initial=some-run"]),
     ],
 )
 def test_bad_values_are_one_line_with_value_and_rule(assignment, parts):
@@ -53,6 +68,21 @@ def test_bad_values_are_one_line_with_value_and_rule(assignment, parts):
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_patterns_need_no_quotes_in_yaml():
+    """YAML 1.1 reads 1:4 as the number 64 in base 60; here it is the text that it looks like."""
+    for text in ("{mask: {layers: [{match: a, pattern: 1:4}]}}", "mask:\n  layers:\n  - match: a\n    pattern: 1:4"):
+        assert recipes.build(recipes.parse(text)).mask.layers[0].pattern == "1:4"
+    numbers = {"0x10": 16, "1_000": 1000, "-3": -3, "1.5": 1.5, ".5": 0.5, "1e3": 1000.0, "2.e1": 20.0}
+    assert {text: recipes.parse_value(text) for text in numbers} == numbers
+    assert recipes.parse_value("12:30:45") == "12:30:45"
+
+
+def test_cached_losses_and_timesteps_that_move_do_not_go_together():
+    changes = {"mask": {"method": "reinforce", "cached_batches": 2}, "train": {"timesteps": "importance"}}
+    with pytest.raises(RecipeError, match=r"train.timesteps=importance would change; use uniform"):
+        recipes.build(changes)
 
 
 @pytest.mark.parametrize(
