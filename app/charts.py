@@ -144,11 +144,15 @@ def sensitivity_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
     patterns = list(dict.fromkeys(p for la in layers for p in la["increase"]))
     names = [short(la["layer"]) for la in layers]
     rows = [[la["increase"].get(p) for p in patterns] for la in layers]
+    # A single tender layer must not take all the colours: the top twentieth shares one.
+    most = float(np.quantile([v for row in rows for v in row if v is not None], 0.95))
     heat = {
         "type": "heatmap",
         "z": rows,
         "x": patterns,
         "y": names,
+        "zmin": 0,
+        "zmax": max(most, 1e-6),
         "colorscale": "Cividis",
         "colorbar": {"title": {"text": "loss increase"}, "tickformat": ".4f"},
         "hovertemplate": "%{y}<br>%{x}: %{z:+.5f}<extra></extra>",

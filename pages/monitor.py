@@ -31,8 +31,8 @@ def header(run: Run, live: bool) -> None:
     with actions, parts.said():
         show_actions(card)
     for alert in lab.events(run, "alert"):
-        text = f"**{alert['what'].capitalize()}** at step {alert['step']}: {alert['text']}."
-        st.warning(parts.plain(text) + f" What to do: {parts.plain(alert['remedy'])}.", icon="⚠️")
+        what, text, remedy = (parts.plain(alert[key]) for key in ("what", "text", "remedy"))
+        st.warning(f"**{what.capitalize()}** at step {alert['step']}: {text}. What to do: {remedy}.", icon="⚠️")
 
 
 def show_progress(card: lab.Card) -> None:

@@ -246,8 +246,8 @@ class GumbelMasks(LogitMasks):
         keys = [self._keys(bank, tau, gen) for bank in self.masked.banks]
         hard = [pattern.keep(key, bank.n) for key, bank in zip(keys, self.masked.banks)]
         value = self._loss(task, batch, lambda: self.masked.wear(hard), True)
-        gradients = [straight_through(bank, key).mul_(bank.n / tau) for bank, key in zip(self.masked.banks, keys)]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
+        gradients = [straight_through(bank, key).mul_(bank.n) for bank, key in zip(self.masked.banks, keys)]
+        norm = torch.nn.utils.get_total_norm(gradients).item()  # in the keys: tau times that in the logits
         require_finite("masks' gradient norm", norm, step, "mask", "mask.lr")
         # In units of its root mean square: what the optimiser does is then the same for any size of model.
         scale = math.sqrt(sum(gradient.numel() for gradient in gradients)) / max(norm, 1e-30)
@@ -259,7 +259,7 @@ class GumbelMasks(LogitMasks):
         self.optimizer.step()
         if train:
             self._weights_gradient()
-        return {"loss": value, "tau": tau, "mask_lr": rate, "mask_grad_norm": norm}
+        return {"loss": value, "tau": tau, "mask_lr": rate, "mask_grad_norm": norm / tau}
 
     def _weights_gradient(self) -> None:
         """What reaches the dense weights: here the kept ones only."""
@@ -454,7 +454,7 @@ def straight_through(bank: Bank, key: Tensor) -> Tensor:
     With p = softmax(key) and g = w * dL/d(w mask):  p (g - sum over the group of p g).
     """
     p = pattern.probabilities(key)
-    weighted = p * (bank.grad * bank.weights.detach())
+    weighted = (bank.grad * bank.weights.detach()).mul_(p)
     return weighted.sub_(p.mul_(pattern.total(weighted)[:, None]))
 
 

@@ -87,8 +87,9 @@ def probabilities(logits: Tensor) -> Tensor:
     largest = first
     for column in rest:
         largest = torch.maximum(largest, column)
-    powers = (logits - largest[:, None]).exp()
-    return powers / total(powers)[:, None]
+    powers = (logits - largest[:, None]).exp_()
+    sums = total(powers)[:, None]
+    return powers / sums if powers.requires_grad else powers.div_(sums)
 
 
 def compliance(weight: Tensor, n: int, m: int) -> float:
