@@ -464,6 +464,7 @@ RESUMED = [
     {"method": "gumbel", "temperature": "adaptive", "masks_from": 0.2, "weights_until": 0.6},
     {"method": "gumbel", "masks_from": 0.2, "masks_until": 0.34},
     {"method": "gumbel", "masks_until": 0.34, "weights_from": 0.34, "then": "sr-ste"},
+    {"method": "gumbel", "masks_until": 0.34, "weights_until": 0.6, "then": "sr-ste"},
     {"method": "reinforce"},
     {"method": "reinforce", "samples": 2, "antithetic": True},
     {"method": "reinforce", "cached_batches": 2, "train_weights": False, "masks_until": 0.6},
@@ -507,3 +508,19 @@ def test_confidence_of_the_start_gives_the_flip_budget(task):
     drawn = masks.sample_masks(bank.logits.detach(), 2, torch.Generator().manual_seed(0)).bool()
     share, count = pattern.flips(drawn, bank.initial), len(drawn)
     assert abs(share - 0.2) < 5 * math.sqrt(0.16 / count)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("spec", RESUMED, ids=lambda spec: "-".join(map(str, spec.values())))
+def test_every_method_works_on_a_gpu_and_draws_what_the_cpu_draws(task, spec):
+    chosen = []
+    for device in ("cpu", "cuda"):
+        mask = Mask(**{"train_weights": True} | spec)
+        ours = dataclasses.replace(task, device=torch.device(device), cycle=mask.cached_batches)
+        masked = MaskedUNet(make_unet().requires_grad_(False).to(device), 2, 4)
+        learner = learn.METHODS[mask.method](masked, mask, 4, 0)
+        for _ in Trainer("mask", 4, ours, learner, None):
+            pass
+        learner.finish()
+        chosen.append([bank.mask.cpu() for bank in masked.banks])
+    assert all(pattern.flips(a, b) < 0.02 for a, b in zip(*chosen))
