@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from .recipe import parse_pattern
 from .store import Run, write_npz
 
 LARGEST = 64  # heatmap cells a side
@@ -50,14 +49,6 @@ def kept_share(mask: np.ndarray, layer: dict[str, Any]) -> np.ndarray:
 def changed_share(mask: np.ndarray, first: np.ndarray, layer: dict[str, Any]) -> np.ndarray:
     """Share of positions that differ from the first snapshot, in the cells of :func:`kept_share`."""
     return shrink((layer_mask(mask, layer) != layer_mask(first, layer)).mean(1))
-
-
-def flips_by_layer(mask: np.ndarray, first: np.ndarray, layers: list[dict[str, Any]]) -> list[float]:
-    """Share of each layer's groups that differ from the first snapshot."""
-    changed = mask != first
-    return [
-        float(_cut(changed, layer).reshape(-1, parse_pattern(layer["pattern"]).m).any(1).mean()) for layer in layers
-    ]
 
 
 def _cut(flat: np.ndarray, layer: dict[str, Any]) -> np.ndarray:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from prunedm import pictures, report, snapshots, store
+from prunedm import pattern, pictures, report, snapshots, store
 from prunedm.recipe import Recipe
 
 
@@ -32,20 +32,20 @@ def test_a_picture_that_is_no_sheet_is_refused(tmp_path):
 
 
 def test_snapshots_round_trip(tmp_path):
-    mask = (np.random.default_rng(0).random((37, 4)) < 0.5).astype(np.uint8)
-    snapshots.write(tmp_path / "m.npz", mask)
-    assert np.array_equal(snapshots.read(tmp_path / "m.npz"), mask)
+    """Two patterns of different M, one after the other."""
+    gen = np.random.default_rng(0)
+    parts = [(gen.random(shape) < 0.5).astype(np.uint8) for shape in ((37, 4), (5, 8))]
+    snapshots.write(tmp_path / "m.npz", parts)
+    assert np.array_equal(snapshots.read(tmp_path / "m.npz"), np.concatenate([part.ravel() for part in parts]))
 
 
 def test_a_layers_mask_has_the_weights_axes():
-    layer = {"start": 2, "groups": 3 * 2 * 4 * 1, "shape": [3, 4, 2, 2]}
     weight = torch.arange(48).reshape(3, 4, 2, 2)
-    from prunedm import pattern
-
-    rows = torch.cat([torch.zeros(2, 4, dtype=torch.long), pattern.group(weight, 4)]).numpy()
-    layer["groups"] = 12
-    found = snapshots.layer_mask(rows, layer)
+    flat = torch.cat([torch.zeros(8, dtype=torch.long), pattern.group(weight, 4).flatten()]).numpy()
+    found = snapshots.layer_mask(flat, {"offset": 8, "shape": [3, 4, 2, 2]})
     assert np.array_equal(found, weight.permute(0, 2, 3, 1).reshape(3, 4, 4).numpy())
+    changed = snapshots.changed_share(flat, np.zeros_like(flat), {"offset": 8, "shape": [3, 4, 2, 2]})
+    assert changed.shape == (3, 4) and changed.min() == 0.75 and changed.max() == 1.0, "weight 0 alone equals the zeros"
 
 
 @given(st.integers(1, 200), st.integers(1, 200))
