@@ -30,23 +30,13 @@ TOP_LEVEL = ("name", "seed", "device")
 # What most runs leave alone waits behind a fold.
 FOLDED = {
     "mask": (
-        *(
-            "layers",
-            "density",
-            "initial",
-            "lr",
-            "schedule",
-            "warmup",
-            "masks_from",
-            "masks_until",
-            "then",
-            "weights_from",
-        ),
-        *("weights_until", "flip_budget", "temperature", "tau_start", "tau_end", "normalize_advantage"),
-        *("tracker_decay", "refresh", "samples", "antithetic", "cached_batches", "sr_decay", "snapshot_every"),
+        "layers", "density", "initial", "lr", "schedule", "warmup", "masks_from", "masks_until", "then",
+        "weights_from", "weights_until", "flip_budget", "temperature", "tau_start", "tau_end",
+        "normalize_advantage", "tracker_decay", "refresh", "samples", "antithetic", "cached_batches",
+        "sr_decay", "snapshot_every",
     ),
     "train": ("schedule", "warmup", "clip", "distill", "timesteps", "min_snr"),
-}
+}  # fmt: skip
 
 
 def key(path: str) -> str:
@@ -66,7 +56,10 @@ def _is_text(path: str) -> bool:
     *sections, name = path.split(".")
     for section in sections:
         model = model.model_fields[section].annotation
-    kind, optional = _kind(model.model_fields[name].annotation)
+    return _typed_as_yaml(*_kind(model.model_fields[name].annotation))
+
+
+def _typed_as_yaml(kind: Any, optional: bool) -> bool:
     return optional or get_origin(kind) is list
 
 
@@ -123,7 +116,7 @@ def _widget(path: str, field: Any) -> Any:
     kind, optional = _kind(field.annotation)
     label = path.rpartition(".")[2].replace("_", " ")
     common = {"key": key(path), "help": field.description, "persist_state": "session"}
-    if optional or get_origin(kind) is list:
+    if _typed_as_yaml(kind, optional):
         text = st.text_input(label, placeholder="automatic" if optional else "none", **common)
         try:
             return recipes.parse_value(text) if text.strip() else None if optional else []

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from prunedm import data, learn, masks, training, unet  # noqa: E402
+from prunedm import data, learn, masked_unet, training, unet  # noqa: E402
 from prunedm.recipe import Mask, Train  # noqa: E402
 
 CIFAR10 = {  # the config of google/ddpm-cifar10-32
@@ -57,7 +57,7 @@ def trainers(name: str, task: training.Task, kinds: list[str]) -> dict[str, trai
     made = {"fine-tune": training.Trainer("f", FOREVER, task, training.DenseLoss(dense), weights)}
     for kind in kinds:
         mask = KINDS[kind]
-        masked = masks.MaskedUNet(model(name), 2, 4)
+        masked = masked_unet.MaskedUNet(model(name), 2, 4)
         learner = learn.METHODS[mask.method](masked, mask, FOREVER, 0)
         weights = training.Weights(masked.trainable(), spec, window) if mask.train_weights else None
         made[kind] = training.Trainer("m", FOREVER, task, learner, weights)
@@ -65,7 +65,7 @@ def trainers(name: str, task: training.Task, kinds: list[str]) -> dict[str, trai
 
 
 def prunable(name: str) -> int:
-    return sum(bank.weights.numel() for bank in masks.MaskedUNet(model(name), 2, 4).banks)
+    return sum(bank.weights.numel() for bank in masked_unet.MaskedUNet(model(name), 2, 4).banks)
 
 
 def bytes_held(trainer: training.Trainer) -> int:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from . import importance, masks, pattern
+from . import importance, masked_unet, pattern
 from .data import to_float
 from .diffusion import NoisedBatch, validation_batches, validation_loss
-from .masks import MaskedUNet, Overrides
+from .masked_unet import MaskedUNet, Overrides
 from .recipe import parse_pattern
 from .training import Task
 
@@ -46,7 +46,7 @@ def sensitivity(
     ``kind`` ranks the weights, as in ``importance.weight_scores``. The UNet is as before at the end.
     """
     masked = MaskedUNet(unet, 1, 2, overrides)
-    fixed = {name for name in _names(masked) if masks.override(name, overrides)}
+    fixed = {name for name in _names(masked) if masked_unet.override(name, overrides)}
     scores = {
         layer.name.removesuffix(".weight"): pattern.ungroup(values[layer.start : layer.stop], layer.shape)
         for bank, values in zip(masked.banks, importance.weight_scores(masked, kind, task))
@@ -77,9 +77,11 @@ def require_reachable(unet: nn.Module, density: float, overrides: Overrides) -> 
 
     By shapes alone, so that a recipe is refused before anything is trained.
     """
-    reports = [r for r in masks.layer_reports(unet, 1, 2, overrides) if r.eligible]
+    reports = [r for r in masked_unet.layer_reports(unet, 1, 2, overrides) if r.eligible]
     sizes = {
-        r.layer: (math.prod(r.shape), fitting(r.shape)) for r in reports if masks.override(r.layer, overrides) is None
+        r.layer: (math.prod(r.shape), fitting(r.shape))
+        for r in reports
+        if masked_unet.override(r.layer, overrides) is None
     }
     if not any(fits for _, fits in sizes.values()):
         raise ValueError(f"mask.density={density}: no layer is left to choose a pattern for; remove it or mask.layers")

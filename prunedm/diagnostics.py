@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import pattern
-from .learn import FixedMasks, OffsetMasks
-from .masks import Bank, MaskedUNet
+from .learn import OffsetMasks
+from .mask_methods import FixedMasks
+from .masked_unet import Bank, MaskedUNet
 
 COLLAPSED = 1e-4  # share of groups that a sample still changes
 MOVERS = {"sr-ste": "raise train.lr", "offset": "raise mask.lr"}  # what moves the masks of these methods

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pattern
-from .masks import Bank, MaskedUNet
+from .masked_unet import Bank, MaskedUNet
 from .seeds import generator
 from .training import Task
 

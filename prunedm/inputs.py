@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from . import allocate, bundled, data, maskfile, masks, store, structured, unet
+from . import allocate, bundled, data, masked_unet, maskfile, store, structured, unet
 from .recipe import INITIALS, Recipe, parse_pattern
 from .records import LayerReport
 
@@ -55,12 +55,12 @@ def require_maskable(model: nn.Module, recipe: Recipe) -> None:
     if spec.method == "none":
         return
     if spec.density is None:
-        masks.require_eligible(model, spec.n, spec.m, overrides(recipe))
+        masked_unet.require_eligible(model, spec.n, spec.m, overrides(recipe))
     else:
         allocate.require_reachable(model, spec.density, overrides(recipe))
 
 
-def overrides(recipe: Recipe) -> masks.Overrides:
+def overrides(recipe: Recipe) -> masked_unet.Overrides:
     """The recipe's patterns of single layers."""
     return [(layer.match, layer.pattern) for layer in recipe.mask.layers]
 
@@ -108,7 +108,7 @@ def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
     layers = []
     if spec.method != "none":
         require_maskable(model.unet, recipe)
-        layers = masks.layer_reports(model.unet, spec.n, spec.m, overrides(recipe))
+        layers = masked_unet.layer_reports(model.unet, spec.n, spec.m, overrides(recipe))
     return {
         "parameters": {
             "dense": before,
@@ -126,7 +126,7 @@ def pruned_weights(layers: list[LayerReport], recipe: Recipe) -> int:
     density, pruned = recipe.mask.density, 0
     for layer in (layer for layer in layers if layer.eligible):
         found = parse_pattern(layer.pattern)
-        is_open = density is not None and masks.override(layer.layer, overrides(recipe)) is None
+        is_open = density is not None and masked_unet.override(layer.layer, overrides(recipe)) is None
         pruned += round(math.prod(layer.shape) * (1 - (density if is_open else found.density)))
     return pruned
 

@@ -103,7 +103,7 @@ def baseline(
     """Loss under the recipe's initial mask for each timestep bin, on model.source as it is (no stage 1)."""
     from . import inputs, mask_stage, unet
     from . import recipe as recipes
-    from .masks import MaskedUNet
+    from .masked_unet import MaskedUNet
     from .training import Task
 
     if recipes.resolve(recipe_file, None, assignments).mask.density is not None:

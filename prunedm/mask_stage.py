@@ -16,8 +16,9 @@ from torch import nn
 
 from . import allocate, data, diffusion, importance, maskfile, snapshots
 from .diagnostics import Watcher
-from .learn import METHODS, FixedMasks
-from .masks import MaskedUNet
+from .learn import METHODS
+from .mask_methods import FixedMasks
+from .masked_unet import MaskedUNet
 from .recipe import INITIALS, Recipe
 from .records import Step
 from .store import MASK_LAYERS, MASKS, Run

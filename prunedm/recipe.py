@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -20,6 +19,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from . import strict_yaml
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("smoke", "balanced", "quality")
@@ -142,7 +143,7 @@ class Mask(_Section):
     schedule: Schedule = Field("constant", description="how the masks' rate goes")
     warmup: Share = Field(0.0, description="share of the mask steps in which their rate rises")
     masks_from: Share = Field(0.0, description="share of the steps before the masks begin to learn")
-    masks_until: Share = Field(1.0, description="share of the steps after which the masks are frozen")
+    masks_until: Share = Field(1.0, description="share of the steps after which the masks learn no more")
     then: Literal["frozen", "sr-ste"] = Field(
         "frozen", description="what the masks do after masks_until: stay, or follow the training weights as in SR-STE"
     )
@@ -166,23 +167,31 @@ class Mask(_Section):
     cached_batches: int = Field(
         0, ge=0, le=100_000, description="reinforce: cycle over so many fixed batches and keep their f(m0); 0: off"
     )
-    sr_decay: float = Field(2e-4, ge=0, le=1, description="sr-ste, offset: decay of the pruned weights")
+    sr_decay: float = Field(2e-4, ge=0, le=1, description="decay of the pruned weights: sr-ste, offset, then=sr-ste")
     snapshot_every: int | None = Field(None, ge=1, description="steps between mask snapshots; empty: 20 in all")
 
     @model_validator(mode="after")
     def _agrees(self) -> Mask:
         if self.n >= self.m:
             raise ValueError(f"n={self.n} must be less than m={self.m}; try 2:4")
+        self._require_read()
+        self._require_windows()
+        self._require_choices()
+        return self
+
+    def _require_read(self) -> None:
+        """No field is set that the method would ignore."""
+        for name, methods in READ_BY.items():
+            value, kept = getattr(self, name), type(self).model_fields[name].get_default(call_default_factory=True)
+            if self.method not in methods and value != kept:
+                used = ", ".join(methods) if len(methods) < 6 else "a method other than none"
+                raise ValueError(f"{name}={value} is not read by method={self.method}; remove it or use {used}")
+
+    def _require_windows(self) -> None:
+        """When masks and weights train, and that something trains the weights where they are needed."""
         for a, b in (("masks_from", "masks_until"), ("weights_from", "weights_until")):
             if getattr(self, a) >= getattr(self, b):
                 raise ValueError(f"{a}={getattr(self, a)} must be less than {b}={getattr(self, b)}; try 0 and 1")
-        for name, methods in READ_BY.items():
-            value = getattr(self, name)
-            if self.method not in methods and value != type(self).model_fields[name].get_default(
-                call_default_factory=True
-            ):
-                used = ", ".join(methods) if len(methods) < 6 else "a method other than none"
-                raise ValueError(f"{name}={value} is not read by method={self.method}; remove it or use {used}")
         if not self.train_weights and (self.weights_from, self.weights_until) != (0, 1):
             raise ValueError(
                 "weights_from and weights_until are read when the weights train; set train_weights to true"
@@ -193,6 +202,11 @@ class Mask(_Section):
             )
         if self.method == "sr-ste" and not self.train_weights:
             raise ValueError("method=sr-ste follows the weights; set train_weights to true")
+        if self.cached_batches and self.train_weights:
+            raise ValueError("cached_batches keeps losses of frozen weights; set train_weights to false")
+
+    def _require_choices(self) -> None:
+        """Fields that must fit one another."""
         if self.tau_start and self.tau_end and self.tau_end > self.tau_start:
             raise ValueError(f"tau_end={self.tau_end} must not exceed tau_start={self.tau_start}; try 1 and 0.1")
         most = 1 - 1 / math.comb(self.m, self.n)
@@ -202,9 +216,6 @@ class Mask(_Section):
             raise ValueError(f"density chooses patterns and initial={self.initial} brings its own; remove one of them")
         if self.antithetic and self.samples % 2:
             raise ValueError(f"antithetic draws masks in pairs and samples={self.samples} is odd; try 2")
-        if self.cached_batches and self.train_weights:
-            raise ValueError("cached_batches keeps losses of frozen weights; set train_weights to false")
-        return self
 
 
 class Train(_Section):
@@ -270,41 +281,14 @@ class Recipe(_Section):
 
     def to_yaml(self) -> str:
         """The document that :func:`parse` reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Safe YAML in which ``1e-4`` is a number, ``1:4`` is no base 60, and a key may stand only once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
-# ValueError: dates that are none, such as 2024-13-45; RecipeError is one and passes through below.
-YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError)
-
-NUMBERS = {
-    "tag:yaml.org,2002:int": r"[-+]?(0b[01_]+|0x[\da-fA-F_]+|0o?[0-7_]+|0|[1-9][\d_]*)",
-    "tag:yaml.org,2002:float": r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.[\d_]+([eE][-+]?\d+)?"
-    r"|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in resolvers if tag not in NUMBERS]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-for _tag, _form in NUMBERS.items():
-    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_form})$"), list("-+0123456789."))
+        return strict_yaml.dump(self.model_dump())
 
 
 def parse_value(text: str) -> Any:
     """One YAML value, as in ``--set train.lr=1e-4``."""
     try:
-        return yaml.load(text, _Loader)
-    except YAML_FAULTS as error:
+        return strict_yaml.load(text)
+    except strict_yaml.FAULTS as error:
         raise RecipeError(f"value {text!r} is not YAML: {_first_line(error)}") from error
 
 
@@ -319,8 +303,8 @@ def parse_safely(text: str) -> Any:
 def parse(text: str, origin: str = "recipe") -> dict[str, Any]:
     """YAML text to a nested dict, not yet validated."""
     try:
-        document = yaml.load(text, _Loader)
-    except YAML_FAULTS as error:
+        document = strict_yaml.load(text)
+    except strict_yaml.FAULTS as error:
         raise RecipeError(f"{origin} is not YAML: {_first_line(error)}; mend that line") from error
     if document is None:
         return {}

@@ -219,12 +219,12 @@ class Weights:
         for i, parameter in enumerate(self.parameters):
             parameter.copy_(tensors[f"weight.{i}"])
             self.ema.shadow_params[i].copy_(tensors[f"ema.{i}"])
-            self.optimizer.state[parameter] = adam_state(tensors, f"adam.{i}.", parameter)
+            self.optimizer.state[parameter] = optimizer_state(tensors, f"adam.{i}.", parameter)
         self.ema.optimization_step = int(tensors["ema_step"])
 
 
-def adam_state(tensors: dict[str, Tensor], prefix: str, like: Tensor) -> dict[str, Tensor]:
-    """Adam's moments and its step counter (fused Adam keeps that beside them) on the parameter's device."""
+def optimizer_state(tensors: dict[str, Tensor], prefix: str, like: Tensor) -> dict[str, Tensor]:
+    """What an optimiser keeps of one parameter (moments, its step counter), on the parameter's device."""
     return {k.removeprefix(prefix): v.to(like.device) for k, v in tensors.items() if k.startswith(prefix)}
 
 

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunedm import allocate, data, masks, training
+from prunedm import allocate, data, masked_unet, training
 from prunedm.allocate import LayerChoice
 
 
@@ -78,7 +78,7 @@ def test_sensitivity_measures_each_layer_alone_and_restores_it():
     assert not any(choice.layer.startswith(("up_blocks", "conv_in")) for choice in choices)
     one = next(choice for choice in choices if choice.layer == "mid_block.resnets.0.conv1")
     assert set(one.increase) == {"dense", *allocate.CANDIDATES}
-    masked = masks.MaskedUNet(unet, 1, 4, [("*", "dense"), (one.layer, "1:4")])
+    masked = masked_unet.MaskedUNet(unet, 1, 4, [("*", "dense"), (one.layer, "1:4")])
     loss = allocate.validation_loss(lambda x, t: masked(x, t).sample, batches)
     masked.undress()
     dense = allocate.validation_loss(lambda x, t: masked(x, t).sample, batches)

@@ -6,7 +6,7 @@ from conftest import make_unet
 
 from prunedm import learn, pattern
 from prunedm.diagnostics import Watcher
-from prunedm.masks import MaskedUNet
+from prunedm.masked_unet import MaskedUNet
 from prunedm.recipe import Mask
 
 

@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 
 from prunedm import data, importance, pattern, training
 from prunedm.diffusion import Timesteps
-from prunedm.masks import MaskedUNet
+from prunedm.masked_unet import MaskedUNet
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots", "pictures", "pattern",
-    "unet", "data", "diffusion", "masks", "maskfile", "structured", "training", "importance", "learn",
+    "strict_yaml", "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots", "pictures", "pattern",
+    "unet", "data", "diffusion", "masks", "masked_unet", "maskfile", "structured", "training",
+    "importance", "mask_methods", "reinforce", "learn",
     "diagnostics", "allocate", "metrics", "latency", "environment", "evaluate", "report", "inputs", "mask_stage",
     "stages", "pipeline", "jobs", "mask_commands", "__main__",
 ]  # fmt: skip

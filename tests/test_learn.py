@@ -10,9 +10,9 @@ from conftest import make_unet
 from diffusers import DDPMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunedm import data, diffusion, learn, masks, pattern, training
+from prunedm import data, diffusion, learn, mask_methods, masks, pattern, training
 from prunedm.diffusion import NoisedBatch, Timesteps
-from prunedm.masks import MaskedUNet
+from prunedm.masked_unet import MaskedUNet
 from prunedm.recipe import Mask, Train
 from prunedm.seeds import generator
 from prunedm.training import Trainer, Weights, Window
@@ -282,12 +282,12 @@ def test_masks_that_follow_the_weights_begin_as_the_learned_ones(task):
     masked.wear(learned)
     before = {k: v.clone() for k, v in masked.unet.state_dict().items()}
     learner.prepare(6, True)
-    assert all(torch.equal(a, b) for a, b in zip(learn.by_magnitude(masked), learned))
-    masked.wear(learn.by_magnitude(masked))
+    assert all(torch.equal(a, b) for a, b in zip(mask_methods.by_magnitude(masked), learned))
+    masked.wear(mask_methods.by_magnitude(masked))
     assert all(torch.equal(before[k], v) for k, v in masked.unet.state_dict().items())
     list(running)
     learner.finish()
-    assert all(torch.equal(a, bank.mask) for a, bank in zip(learn.by_magnitude(masked), masked.banks))
+    assert all(torch.equal(a, bank.mask) for a, bank in zip(mask_methods.by_magnitude(masked), masked.banks))
     assert not all(torch.equal(a, bank.mask) for a, bank in zip(learned, masked.banks)), "they have followed"
 
 

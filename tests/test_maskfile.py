@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from prunedm import maskfile, pattern
-from prunedm.masks import MaskedUNet
+from prunedm.masked_unet import MaskedUNet
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_unet
 
-from prunedm import masks, structured
+from prunedm import masked_unet, structured
 from prunedm import unet as unets
 from prunedm.structured import TOLERANCE
 
@@ -35,8 +35,8 @@ def test_the_bundled_model_meets_its_target_and_keeps_its_constraints(bundled, m
     for module in unet.modules():
         if isinstance(module, torch.nn.GroupNorm):
             assert module.num_channels % module.num_groups == 0
-    eligible = {r.layer for r in masks.layer_reports(unet, 2, 4) if r.eligible}
-    assert eligible == {r.layer for r in masks.layer_reports(bundled.unet, 2, 4) if r.eligible}
+    eligible = {r.layer for r in masked_unet.layer_reports(unet, 2, 4) if r.eligible}
+    assert eligible == {r.layer for r in masked_unet.layer_reports(bundled.unet, 2, 4) if r.eligible}
 
 
 @pytest.mark.parametrize(

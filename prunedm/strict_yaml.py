@@ -1,0 +1,45 @@
+"""YAML as people mean it: safe, ``1e-4`` is a number, ``1:4`` is text, and no key stands twice."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+# ValueError: dates that are none, such as 2024-13-45.
+FAULTS = (yaml.YAMLError, ValueError, RecursionError)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The safe loader of PyYAML, with the numbers of YAML 1.2 and with keys that stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0b[01_]+|0x[\da-fA-F_]+|0o?[0-7_]+|0|[1-9][\d_]*)",
+    "tag:yaml.org,2002:float": r"[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.[\d_]+([eE][-+]?\d+)?"
+    r"|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in NUMBERS]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^({_form})$"), list("-+0123456789."))
+
+
+def load(text: str) -> Any:
+    """The document's value. One of :data:`FAULTS` when it is not YAML or a key stands twice."""
+    return yaml.load(text, _Loader)
+
+
+def dump(document: Any) -> str:
+    """YAML that :func:`load` reads back, keys in their order."""
+    return yaml.safe_dump(document, sort_keys=False)
