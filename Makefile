@@ -18,7 +18,8 @@ demo: .venv/.user
 	$(BIN)/python -m prunedm run --preset smoke --name demo
 
 test: .venv/.dev browser
-	$(BIN)/python -m pytest
+	@# One torch thread a process: two processes with two threads each on two cores would wait for one another.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
