@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
 
-from prunedm import data, diffusion, learn, mask_stage, masked_unet, pattern, recipe, training, unet  # noqa: E402
+from prunedm import data, diffusion, learn, mask_stage, masked_unet, pattern, recipe, stage_recipes, training, unet  # noqa: E402
 
 
 class Trial:
@@ -58,7 +58,7 @@ class Trial:
         """All steps; only they are timed. Masks that do not move on weights that do not need none."""
         mask = self.spec.mask
         trainer = training.Trainer("mask", mask.steps, self.task, self.learner, self.weights)
-        running = iter(trainer if mask.method not in recipe.FIXED_METHODS or self.weights else ())
+        running = iter(trainer if mask.method not in stage_recipes.FIXED_METHODS or self.weights else ())
         while True:
             started = time.perf_counter()
             step = next(running, None)

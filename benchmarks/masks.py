@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from prunedm import data, learn, masked_unet, training, unet  # noqa: E402
-from prunedm.recipe import Mask, Train  # noqa: E402
+from prunedm.recipe import Train  # noqa: E402
+from prunedm.stage_recipes import Mask  # noqa: E402
 
 CIFAR10 = {  # the config of google/ddpm-cifar10-32
     "sample_size": 32, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "norm_num_groups": 32,

@@ -1,4 +1,4 @@
-"""The command line: ``python -m prunedm run|resume|ls|show|doctor|masks``.
+"""The command line: ``python -m prunedm run|resume|ls|show|doctor|masks|export|verify``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import mask_commands
+from . import export_commands, mask_commands, pretrain_command
 from .mask_commands import AsJson, RunsDir
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ app = typer.Typer(
 )
 
 app.add_typer(mask_commands.app, name="masks")
+app.command()(pretrain_command.pretrain)
+app.command()(export_commands.export)
+app.command()(export_commands.verify)
 
 
 @app.command("run")
@@ -219,8 +222,9 @@ def _print_preview(recipe: Recipe, found: dict[str, Any], as_json: bool) -> None
     console.print(f"\nparameters: {sizes}")
     if found["prune"]:
         report = found["prune"]
-        reason = f"; {report['reason']}" if report["reason"] else ""
-        console.print(f"stage 1 removes {report['reduction']:.1%} (target {report['target']:.1%}){reason}")
+        from .report import stage_one
+
+        console.print(stage_one(report).replace("removed", "removes"), report["reason"])
         table = Table("channel group", "width", "after", "multiple of")
         for group in report["groups"]:
             table.add_row(group["layer"], *(str(group[k]) for k in ("before", "after", "multiple_of")))

@@ -20,7 +20,7 @@ from . import importance, masked_unet, pattern
 from .data import to_float
 from .diffusion import NoisedBatch, validation_batches, validation_loss
 from .masked_unet import MaskedUNet, Overrides
-from .recipe import parse_pattern
+from .stage_recipes import parse_pattern
 from .training import Task
 
 CANDIDATES = ("4:8", "2:4", "1:4", "2:8", "1:8")

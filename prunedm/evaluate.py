@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from . import bundled, data, diffusion, latency, metrics, pattern, pictures, unet
-from .recipe import Eval, Recipe, parse_pattern
+from .recipe import Eval, Recipe
 from .records import Evaluation, Step
 from .seeds import derive
+from .stage_recipes import parse_pattern
 from .store import VARIANT_RECORD, Run, read_json, write_atomic
 
 VALIDATION_IMAGES, VALIDATION_BATCH, SAMPLE_BATCH, SHEET = 512, 128, 64, 64

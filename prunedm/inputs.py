@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from . import allocate, bundled, data, masked_unet, maskfile, store, structured, unet
-from .recipe import INITIALS, Recipe, parse_pattern
+from .recipe import Recipe
 from .records import LayerReport
+from .stage_recipes import CALIBRATED, INITIALS, Prune, parse_pattern
 
 
 class InputError(ValueError):
@@ -41,11 +42,13 @@ def load_inputs(
     """
     unet.resolve_device(recipe.device)
     model = unet.load(str(dense) if dense else resolve_source(recipe.model.source, runs_dir))
-    images = data.load(recipe.data.source, model.image_shape)
+    images = data.load(recipe.data, model.image_shape)
     given = None if masks_known else masks_source(recipe, runs_dir)
     if given:
         maskfile.read(given)
     require_maskable(model.unet, recipe)
+    if dense is None:
+        require_prunable(model, recipe)
     return model, images
 
 
@@ -84,11 +87,11 @@ def masks_source(recipe: Recipe, runs_dir: Path) -> Path | None:
 def absolute(recipe: Recipe, runs_dir: Path) -> Recipe:
     """Folders by their whole path, so that a run resumes from any working directory."""
     changed = recipe.model_copy(deep=True)
-    sources = ((changed.model, resolve_source(recipe.model.source, runs_dir)), (changed.data, recipe.data.source))
-    for section, source in sources:
-        folder = Path(source).expanduser()
-        if source != bundled.NAME and folder.is_dir() and section.source == source:
-            section.source = str(folder.absolute())
+    source = resolve_source(recipe.model.source, runs_dir)
+    folder = Path(source).expanduser()
+    if source != bundled.NAME and folder.is_dir() and changed.model.source == source:
+        changed.model.source = str(folder.absolute())
+    changed.data.source = data.absolute(recipe.data)
     given = masks_source(recipe, runs_dir)
     if given:
         changed.mask.initial = str(given.absolute())
@@ -101,8 +104,9 @@ def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
     before, macs = unet.parameters(model.unet), unet.macs(model.unet)
     pruned = None
     if recipe.prune.target > 0:
-        p = recipe.prune
-        pruned = structured.prune(model.unet, p.method, p.target, rounding(recipe), recipe.seed)
+        steps = model.scheduler.config.num_train_timesteps
+        spec = predictable(recipe.prune)
+        model.unet, pruned = structured.prune(model.unet, spec, rounding(recipe), recipe.seed, train_timesteps=steps)
     after = unet.parameters(model.unet)
     spec = recipe.mask
     layers = []
@@ -119,6 +123,24 @@ def preview(recipe: Recipe, runs_dir: Path) -> dict[str, Any]:
         "prune": pruned.as_dict() if pruned else None,
         "layers": [vars(layer) for layer in layers],
     }
+
+
+def predictable(spec: Prune) -> Prune:
+    """The stage as a preview can do it at once: ranked by magnitude where the method looks at images, and MACs
+    in place of a latency that has to be measured."""
+    changed: dict[str, Any] = {}
+    if spec.method in CALIBRATED:
+        changed["method"] = "magnitude"
+    if spec.of == "latency":
+        changed["of"] = "macs"
+    return spec.model_copy(update=changed)
+
+
+def require_prunable(model: unet.Diffusion, recipe: Recipe) -> None:
+    """ValueError in one line when stage 1 cannot do what is asked of this model."""
+    spec = recipe.prune
+    if spec.target > 0 and (spec.layers or spec.layout == "uniform"):
+        structured.check(model.unet, predictable(spec), rounding(recipe), model.scheduler.config.num_train_timesteps)
 
 
 def pruned_weights(layers: list[LayerReport], recipe: Recipe) -> int:

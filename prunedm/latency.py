@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,13 @@ def measure(unets: dict[str, nn.Module], batch: int = BATCH, rounds: int = ROUND
         for name, unet in unets.items():
             times[name].append(_once(unet, inputs[name]) * 1000)
         yield {name: _summary(times[name], inputs[name][0]) for name in unets}
+
+
+def compare(dense: nn.Module, pruned: nn.Module, batch: int = BATCH, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Interleaved times of two UNets, milliseconds, and ``ratio``: the median of pruned over dense."""
+    *_, found = measure({"dense": dense, "pruned": pruned}, batch, rounds)
+    a, b = found["dense"], found["pruned"]
+    return {"dense": a.median, "pruned": b.median, "ratio": b.median / a.median, "device": a.device, "batch": batch}
 
 
 def _once(unet: nn.Module, inputs: tuple) -> float:

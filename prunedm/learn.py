@@ -16,9 +16,9 @@ from . import masks, pattern
 from .diffusion import NoisedBatch
 from .mask_methods import FixedMasks, LogitMasks, SrSteMasks, decay_pruned
 from .masked_unet import Bank, MaskedUNet
-from .recipe import FIXED_METHODS, Mask
 from .reinforce import ReinforceMasks
 from .seeds import generator
+from .stage_recipes import FIXED_METHODS, Mask
 from .training import Task, optimizer_state, require_finite
 
 GUMBEL_TAU = (1.0, 0.1)

@@ -47,7 +47,7 @@ def extract(
 def show(source: Source, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
     """Show the layers of a masks file: pattern, density and how evenly the positions are used."""
     from . import maskfile, pattern
-    from .recipe import parse_pattern
+    from .stage_recipes import parse_pattern
 
     path = locate(source, runs_dir)
     masks, record = maskfile.read(path), maskfile.manifest(path)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import masks, pattern
 from .diffusion import NoisedBatch
 from .masked_unet import Bank, MaskedUNet
-from .recipe import Mask
+from .stage_recipes import Mask
 from .training import Task, Window
 
 AGREEING = 0.99  # of the smallest kept weight: where a pruned one may stand at most

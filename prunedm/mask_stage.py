@@ -19,8 +19,9 @@ from .diagnostics import Watcher
 from .learn import METHODS
 from .mask_methods import FixedMasks
 from .masked_unet import MaskedUNet
-from .recipe import INITIALS, Recipe
+from .recipe import Recipe
 from .records import Step
+from .stage_recipes import INITIALS
 from .store import MASK_LAYERS, MASKS, Run
 from .training import Task
 

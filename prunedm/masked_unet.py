@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import pattern
-from .recipe import Pattern, parse_pattern
 from .records import LayerReport
+from .stage_recipes import Pattern, parse_pattern
 
 # The first conv, the last conv and the time embedding stay dense by default (METHOD).
 EXCLUDED = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import pattern
-from .recipe import parse_pattern
+from .stage_recipes import parse_pattern
 from .store import MASKS, write_atomic, write_json
 from .unet import WEIGHTS
 

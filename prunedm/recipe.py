@@ -6,14 +6,11 @@ module in ``presets/``.
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -21,11 +18,11 @@ from pydantic import (
 )
 
 from . import strict_yaml
+from .stage_recipes import Mask, Prune, Rate, Schedule, Section, Share
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
 PRESETS = ("smoke", "balanced", "quality")
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}"
-LARGEST_M = 16
 DEVICE_PATTERN = r"auto|cpu|mps|cuda(:\d+)?"
 
 
@@ -33,42 +30,7 @@ class RecipeError(ValueError):
     """Bad input, said in one line: the field, its value, the rule and the remedy."""
 
 
-class Pattern(NamedTuple):
-    """N kept of every M weights, 1 <= N < M <= 16."""
-
-    n: int
-    m: int
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
-
-    @property
-    def density(self) -> float:
-        return self.n / self.m
-
-
-def parse_pattern(text: str) -> Pattern | None:
-    """``"2:4"`` to a Pattern, ``"dense"`` to None. ValueError with value, rule and remedy otherwise."""
-    if text == "dense":
-        return None
-    found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", text)
-    n, m = (int(part) for part in found.groups()) if found else (0, 0)
-    if not 1 <= n < m <= LARGEST_M:
-        raise ValueError(f"pattern {text!r} must be N:M with 1 <= N < M <= {LARGEST_M}, or dense; try 2:4")
-    return Pattern(n, m)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-Steps = Annotated[int, Field(ge=0, le=10_000_000)]
-Rate = Annotated[float, Field(gt=0, le=10)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-class Model(_Section):
+class Model(Section):
     source: str = Field(
         "bundled",
         min_length=1,
@@ -76,149 +38,58 @@ class Model(_Section):
     )
 
 
-class Data(_Section):
-    source: str = Field("bundled", min_length=1, description="'bundled' or a folder of images")
-    batch_size: int = Field(64, ge=1, le=4096, description="images in a training step")
-
-
-class Prune(_Section):
-    method: Literal["magnitude", "random"] = Field(
-        "magnitude", description="how channels are ranked: L2 norm of their weights, or at random"
-    )
-    target: float = Field(0.4, ge=0, le=0.9, description="share of parameters to remove; 0 skips the stage")
-    finetune_steps: Steps = Field(200, description="training steps after the channels are gone")
-
-
-FIXED_METHODS = ("fixed", "random", "magnitude", "wanda", "fisher")  # masks that do not move
-METHODS = ("none", *FIXED_METHODS, "sr-ste", "gumbel", "reinforce", "offset")
-INITIALS = ("random", "magnitude", "wanda", "fisher")
-TIMESTEPS = ("uniform", "early", "late", "importance")
-LEARNED = ("gumbel", "reinforce", "offset")
-READ_BY = {  # fields of mask that only some methods read: elsewhere they must keep their default
-    **dict.fromkeys(("lr", "schedule", "warmup"), LEARNED),
-    **dict.fromkeys(("masks_from", "masks_until"), ("sr-ste", *LEARNED)),
-    "then": ("gumbel", "reinforce"),
-    "initial": ("fixed", "gumbel", "reinforce"),
-    "flip_budget": ("gumbel", "reinforce"),
-    **dict.fromkeys(("temperature", "tau_start", "tau_end"), ("gumbel", "offset")),
-    **dict.fromkeys(("normalize_advantage", "tracker_decay", "refresh"), ("reinforce",)),
-    **dict.fromkeys(("samples", "antithetic", "cached_batches"), ("reinforce",)),
-    "sr_decay": ("sr-ste", "offset", "gumbel", "reinforce"),
-    **dict.fromkeys(("layers", "density"), tuple(m for m in METHODS if m != "none")),
+HUB_PATTERN = r"hf:([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?"  # hf:owner/name[:split]
+DATA_READ_BY = {  # fields of data that only some kinds of source read: elsewhere they must keep their default
+    **dict.fromkeys(("resize", "crop", "limit"), ("folder", "hub", "cifar10")),
+    "held_out": ("folder", "hub"),
 }
 
 
-class LayerPattern(_Section):
-    match: str = Field(min_length=1, description="layers by shell pattern, such as up_blocks.*")
-    pattern: str = Field(description="N:M, or dense")
+class Data(Section):
+    source: str = Field(
+        "bundled",
+        min_length=1,
+        description="'bundled', a folder of images, a saved Hugging Face dataset, hf:owner/name[:split] or "
+        "cifar10[:folder]",
+    )
+    batch_size: int = Field(64, ge=1, le=4096, description="images in a training step")
+    flip: bool = Field(False, description="mirror training images left to right at random")
+    resize: Literal["fit", "stretch", "none"] = Field(
+        "fit",
+        description="fit: keep the proportions and crop; stretch: to the exact size; none: skip images of another size",
+    )
+    crop: Literal["center", "random"] = Field("center", description="resize=fit: where to crop; random: once, at load")
+    held_out: float = Field(0.1, gt=0, le=0.5, description="share of the images kept for validation")
+    limit: int | None = Field(None, ge=2, description="most images to take, chosen by a fixed seed; empty: all")
 
-    @field_validator("pattern")
-    @classmethod
-    def _pattern(cls, value: str) -> str:
-        parse_pattern(value)
-        return value
-
-
-class Mask(_Section):
-    n: int = Field(2, ge=1, le=LARGEST_M - 1, description="weights kept in each group")
-    m: int = Field(4, ge=2, le=LARGEST_M, description="weights in a group, along the input channels")
-    method: Literal[METHODS] = Field(  # type: ignore[valid-type]
-        "gumbel",
-        description="learned: gumbel, reinforce, or offset (beside the weights); baselines: random, magnitude, "
-        "wanda, fisher, fixed (as 'initial' says), sr-ste; none: no N:M stage",
-    )
-    layers: list[LayerPattern] = Field(
-        default_factory=list, description="patterns of single layers: [{match: up_blocks.*, pattern: '1:4'}]"
-    )
-    density: float | None = Field(
-        None, gt=0, lt=1, description="choose each layer's pattern to keep this share of the eligible weights"
-    )
-    initial: str | None = Field(
-        None, min_length=1, description="m0: random, magnitude, wanda, fisher, an earlier run or a masks file"
-    )
-    steps: Steps = Field(300, description="mask-learning steps")
-    train_weights: bool = Field(False, description="train the weights while the masks learn")
-    recover_steps: Steps = Field(200, description="training steps with the masks frozen")
-    lr: Rate | None = Field(None, description="rate of the mask logits; empty: the method's own")
-    schedule: Schedule = Field("constant", description="how the masks' rate goes")
-    warmup: Share = Field(0.0, description="share of the mask steps in which their rate rises")
-    masks_from: Share = Field(0.0, description="share of the steps before the masks begin to learn")
-    masks_until: Share = Field(1.0, description="share of the steps after which the masks learn no more")
-    then: Literal["frozen", "sr-ste"] = Field(
-        "frozen", description="what the masks do after masks_until: stay, or follow the training weights as in SR-STE"
-    )
-    weights_from: Share = Field(0.0, description="share of the steps before the weights begin to train")
-    weights_until: Share = Field(1.0, description="share of the steps after which the weights are frozen")
-    flip_budget: float | None = Field(
-        None, gt=0, lt=1, description="share of groups a first sample changes; empty: the method's own"
-    )
-    temperature: Literal["constant", "linear", "cosine", "exponential", "adaptive"] = Field(
-        "exponential", description="gumbel, offset: how the temperature falls; adaptive: with the entropy"
-    )
-    tau_start: float | None = Field(None, gt=0, le=100, description="first temperature; empty: the method's own")
-    tau_end: float | None = Field(None, gt=0, le=100, description="last temperature; empty: the method's own")
-    normalize_advantage: bool = Field(
-        True, description="reinforce: divide the advantage by its running spread; off is the paper's update"
-    )
-    tracker_decay: float = Field(0.99, ge=0, lt=1, description="reinforce: memory of the loss tracker")
-    refresh: bool = Field(True, description="reinforce: measure against better masks once they are found")
-    samples: int = Field(1, ge=1, le=1024, description="reinforce: masks drawn and averaged in a step")
-    antithetic: bool = Field(False, description="reinforce: draw the masks in opposite pairs")
-    cached_batches: int = Field(
-        0, ge=0, le=100_000, description="reinforce: cycle over so many fixed batches and keep their f(m0); 0: off"
-    )
-    sr_decay: float = Field(2e-4, ge=0, le=1, description="decay of the pruned weights: sr-ste, offset, then=sr-ste")
-    snapshot_every: int | None = Field(None, ge=1, description="steps between mask snapshots; empty: 20 in all")
+    @property
+    def kind(self) -> Literal["bundled", "cifar10", "hub", "folder"]:
+        """What the source is, by its name alone; a folder may hold images or a saved data set."""
+        if self.source in ("bundled", "cifar10"):
+            return self.source  # type: ignore[return-value]
+        found = {"cifar10:": "cifar10", "hf:": "hub"}
+        return next((kind for start, kind in found.items() if self.source.startswith(start)), "folder")
 
     @model_validator(mode="after")
-    def _agrees(self) -> Mask:
-        if self.n >= self.m:
-            raise ValueError(f"n={self.n} must be less than m={self.m}; try 2:4")
-        self._require_read()
-        self._require_windows()
-        self._require_choices()
+    def _agrees(self) -> Data:
+        for name, kinds in DATA_READ_BY.items():
+            value = getattr(self, name)
+            if self.kind not in kinds and value != Data.model_fields[name].default:
+                used = "a folder of images" if "cifar10" not in kinds else "a folder of images or cifar10"
+                raise ValueError(f"{name}={value} is not read by source={self.source}; remove it or use {used}")
+        if self.crop == "random" and self.resize != "fit":
+            raise ValueError(f"crop=random is not read by resize={self.resize}; remove it or set resize to fit")
+        if self.kind == "hub" and not re.fullmatch(HUB_PATTERN, self.source):
+            raise ValueError(
+                f"source={self.source} is not hf:owner/name or hf:owner/name:split; try hf:uoft-cs/cifar10"
+            )
         return self
 
-    def _require_read(self) -> None:
-        """No field is set that the method would ignore."""
-        for name, methods in READ_BY.items():
-            value, kept = getattr(self, name), type(self).model_fields[name].get_default(call_default_factory=True)
-            if self.method not in methods and value != kept:
-                used = ", ".join(methods) if len(methods) < 6 else "a method other than none"
-                raise ValueError(f"{name}={value} is not read by method={self.method}; remove it or use {used}")
 
-    def _require_windows(self) -> None:
-        """When masks and weights train, and that something trains the weights where they are needed."""
-        for a, b in (("masks_from", "masks_until"), ("weights_from", "weights_until")):
-            if getattr(self, a) >= getattr(self, b):
-                raise ValueError(f"{a}={getattr(self, a)} must be less than {b}={getattr(self, b)}; try 0 and 1")
-        if not self.train_weights and (self.weights_from, self.weights_until) != (0, 1):
-            raise ValueError(
-                "weights_from and weights_until are read when the weights train; set train_weights to true"
-            )
-        if self.then == "sr-ste" and (self.masks_until == 1 or not self.train_weights):
-            raise ValueError(
-                "then=sr-ste follows the weights after masks_until; set train_weights, and masks_until to 0.2"
-            )
-        if self.method == "sr-ste" and not self.train_weights:
-            raise ValueError("method=sr-ste follows the weights; set train_weights to true")
-        if self.cached_batches and self.train_weights:
-            raise ValueError("cached_batches keeps losses of frozen weights; set train_weights to false")
-
-    def _require_choices(self) -> None:
-        """Fields that must fit one another."""
-        if self.tau_start and self.tau_end and self.tau_end > self.tau_start:
-            raise ValueError(f"tau_end={self.tau_end} must not exceed tau_start={self.tau_start}; try 1 and 0.1")
-        most = 1 - 1 / math.comb(self.m, self.n)
-        if self.flip_budget is not None and self.flip_budget >= most:
-            raise ValueError(f"flip_budget={self.flip_budget} must be below {most:.3f} for {self.n}:{self.m}; try 0.05")
-        if self.density is not None and self.initial not in (None, *INITIALS):
-            raise ValueError(f"density chooses patterns and initial={self.initial} brings its own; remove one of them")
-        if self.antithetic and self.samples % 2:
-            raise ValueError(f"antithetic draws masks in pairs and samples={self.samples} is odd; try 2")
+TIMESTEPS = ("uniform", "early", "late", "importance")
 
 
-class Train(_Section):
+class Train(Section):
     lr: Rate = Field(2e-4, description="peak learning rate of the weights (AdamW)")
     schedule: Schedule = Field("cosine", description="how the rate goes after its warm-up")
     warmup: Share = Field(0.05, description="share of the steps in which the rate rises")
@@ -236,7 +107,7 @@ class Train(_Section):
     min_snr: float | None = Field(None, gt=0, le=1e4, description="min-SNR loss weighting; 5 is its paper's gamma")
 
 
-class Eval(_Section):
+class Eval(Section):
     images: int = Field(512, ge=2, le=1_000_000, description="generated images for the Frechet distance")
     sampler: Literal["ddim", "ddpm"] = Field("ddim", description="sampler of diffusers")
     steps: int = Field(25, ge=1, le=1000, description="sampling steps an image")
@@ -244,7 +115,7 @@ class Eval(_Section):
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the evaluation's noise")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One experiment. Field names, defaults and limits are those of the YAML file."""
 
     name: str = Field("demo", description="letters, digits, '.', '_' and '-', at most 40")

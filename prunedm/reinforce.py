@@ -11,8 +11,8 @@ from . import masks, pattern
 from .diffusion import TIMESTEP_BINS, NoisedBatch, bin_of
 from .mask_methods import LogitMasks
 from .masked_unet import Bank, MaskedUNet
-from .recipe import Mask
 from .seeds import generator
+from .stage_recipes import Mask
 from .training import Task, require_finite
 
 RATE = 0.5

@@ -121,14 +121,24 @@ def _grid(run: Run) -> str:
     return _table(head, rows, raw=True)
 
 
+def stage_one(found: dict[str, Any]) -> str:
+    """What stage 1 did, in words."""
+    rounds = f" in {found['rounds']} rounds" if found.get("rounds", 1) > 1 else ""
+    before, after = found["eligibility"]["before"], found["eligibility"]["after"]
+    return (
+        f"Stage 1 ({found['method']}, layout {found['layout']}) removed {found['achieved']:.1%} of the {found['of']}"
+        f"{rounds}; target {found['target']:.1%}. Of {after['layers']} layers {after['eligible']} are eligible for N:M "
+        f"(before: {before['eligible']}), {after['tensor_core_ready']} tensor-core ready "
+        f"(before: {before['tensor_core_ready']})."
+    )
+
+
 def _pruned(run: Run) -> str:
     """Stage 1 in a sentence, with the reason where its target was missed."""
     found = next((e["report"] for e in reversed(run.events()) if e["kind"] == "pruned"), None)
     if found is None:
         return ""
-    text = (
-        f"Stage 1 ({found['method']}) removed {found['reduction']:.1%} of the parameters; target {found['target']:.1%}."
-    )
+    text = stage_one(found)
     return f"<p>{html.escape(text)} {html.escape(found['reason'])}</p>"
 
 

@@ -18,8 +18,10 @@ from .inputs import load_inputs, rounding
 from .learn import FixedMasks
 from .mask_stage import MaskStage
 from .progress import MetricsWriter
-from .recipe import FIXED_METHODS, Recipe
+from .pruned_unet import build
+from .recipe import Recipe
 from .records import STAGES, Step
+from .stage_recipes import CALIBRATED, FIXED_METHODS
 from .store import Run
 from .training import DenseLoss, Diverged, Learner, Task, Trainer, Weights, Window
 
@@ -94,16 +96,54 @@ class Pipeline:
 
     # --- stages ------------------------------------------------------------------------------
     def _prune(self) -> Iterator[Step]:
+        """Cut in rounds, each to its part of the target, with training between them."""
         spec = self.recipe.prune
+        of = max(1, (spec.rounds - 1) * spec.round_steps)
         if spec.target > 0:
-            yield Step("prune", 0, 1)
-            found = structured.prune(self.model.unet, spec.method, spec.target, rounding(self.recipe), self.recipe.seed)
-            self.run.event("pruned", report=found.as_dict())
-            if found.reason:
-                self.run.log(f"prune.target={spec.target} not met: {found.reason}")
-            self.run.save_checkpoint("pruned", self.model.unet.state_dict(), found.as_dict())
-            self._draw("prune", 1, self.model.unet)
-        yield Step("prune", 1, 1)
+            yield Step("prune", 0, of)
+            found = self.run.load_checkpoint("pruned")
+            if found is not None:
+                self._take_pruned(*found)
+            done = found[1]["round"] if found is not None else 0
+            for number in range(done, spec.rounds):
+                if number:
+                    yield from self._train_between(number, of)
+                self._cut(number + 1)
+        yield Step("prune", of, of)
+
+    def _cut(self, number: int) -> None:
+        """The cut of this round (from 1), to its share of the target."""
+        spec = self.recipe.prune
+        wanted = spec.model_copy(update={"target": spec.target * number / spec.rounds})
+        dense = unet.load_unet(self.run.variant("dense") / "unet")
+        steps = self.model.scheduler.config.num_train_timesteps
+        task = self._task() if spec.method in CALIBRATED else None
+        pruned, found = structured.prune(
+            self.model.unet.to("cpu"), wanted, rounding(self.recipe), self.recipe.seed, task, dense, steps
+        )
+        self.model.unet = pruned
+        record = found.as_dict() | {"round": number, "rounds": spec.rounds}
+        self.run.event("pruned", report=record)
+        if found.reason:
+            self.run.log(f"prune.target={wanted.target:.3g} of {spec.of} not met: {found.reason}")
+        config = {key: value for key, value in pruned.config.items() if not key.startswith("_")}
+        self.run.save_checkpoint("pruned", pruned.state_dict(), record | {"config": config})
+        self.run.drop_checkpoint("prune")
+        self._draw("prune", number if spec.rounds == 1 else (number - 1) * spec.round_steps, pruned)
+
+    def _train_between(self, number: int, of: int) -> Iterator[Step]:
+        """Fine-tuning after the cut of this round."""
+        spec, model = self.recipe.prune, self.model.unet.to(self.device)
+        if not spec.round_steps:
+            return
+        window = Window((number - 1) * spec.round_steps, number * spec.round_steps)
+        weights = Weights(model.parameters(), self.recipe.train, window)
+        yield from self._train("prune", of, self._task(), DenseLoss(model), weights, window=window)
+        weights.use_average()
+
+    def _take_pruned(self, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        """The pruned model of a checkpoint in place of the one at hand."""
+        self.model.unet = build(record["config"], tensors)
 
     def _finetune(self) -> Iterator[Step]:
         spec = self.recipe.prune
@@ -111,10 +151,8 @@ class Pipeline:
             yield Step("finetune", 0, 0)
             return
         tensors, found = self.run.load_checkpoint("pruned")
-        model = self.model.unet
-        unet.fit_shapes(model, tensors)
-        model.load_state_dict(tensors)
-        model.to(self.device)
+        self._take_pruned(tensors, found)
+        model = self.model.unet.to(self.device)
         weights = Weights(model.parameters(), self.recipe.train, Window.of(spec.finetune_steps))
         yield from self._train("finetune", spec.finetune_steps, self._task(), DenseLoss(model), weights)
         if spec.finetune_steps:
@@ -188,11 +226,15 @@ class Pipeline:
         learner: Learner,
         weights: Weights | None,
         masks: MaskStage | None = None,
+        window: Window | None = None,
     ) -> Iterator[Step]:
-        """Iterate a trainer from its checkpoint, with snapshots, previews and checkpoints."""
-        trainer = Trainer(stage, steps, task, learner, weights)
+        """Iterate a trainer from its checkpoint, with snapshots, previews and checkpoints.
+
+        window: the part of the stage's steps to train, where it is not the whole.
+        """
+        trainer = Trainer(stage, steps, task, learner, weights, window)
         found = self.run.load_checkpoint(stage)
-        if found is not None:
+        if found is not None and found[1]["done"] > trainer.done:  # else it is that of an earlier round
             trainer.load(found[0], found[1]["done"])
         self.run.forget_after(stage, trainer.done)
         self.trainer, self.saved = trainer, time.monotonic()
@@ -200,6 +242,8 @@ class Pipeline:
         previewed = {max(1, steps // 2), max(1, steps // 4), max(1, steps * 3 // 4)} if steps > 1 else set()
         if steps < 200:
             previewed = {steps // 2} & previewed
+        if window is not None:
+            previewed = set()  # the cuts are drawn
         for step in self._watched(trainer):
             if masks is not None:
                 for alert in masks.follow(step):

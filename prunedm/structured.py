@@ -1,183 +1,233 @@
-"""Stage 1: remove whole channels until a target share of the parameters is gone.
+"""Stage 1: remove whole channels until a target is met.
 
-torch-pruning's dependency graph (DepGraph, arXiv 2301.12900) says which channels of which layers go
-together and does the removal; this module chooses how many and which. A *channel group* is a set of
-coupled channels (say, one residual stream). Its width may only take multiples of what GroupNorm, the
-heads of attention and the groups of stage 2 need, so the reduction moves in jumps: one ratio is
-bisected for all groups, then single groups take one jump more, those losing least first.
+The target is a share of the parameters, of the MACs or of the latency measured here. Widths move in jumps
+(channel_groups.py), so one ratio is bisected for all groups, and then single groups take one jump more,
+those losing least first. Two layouts: ``free`` gives each group its own width; ``uniform`` one width a
+resolution level, which leaves an ordinary UNet2DModel (uniform.py).
 
-The road not taken: ``BasePruner`` with a ratio. It averages importance over GroupNorm's groups, so
-that the same position goes from each, and its ratio is not the reduction of parameters.
+The road not taken: torch-pruning's ``BasePruner`` with a ratio. It averages importance over GroupNorm's
+groups, so that the same position goes from each, and its ratio is not the reduction of parameters.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch_pruning as tp
-from torch import Tensor, nn
+from torch import nn
 
-from .seeds import generator
-from .unet import head_size, image_shape, macs, parameters, sync_attributes
+from . import latency, masked_unet, pattern, uniform
+from .channel_groups import ChannelGroup, channel_groups
+from .channel_scores import scoring
+from .pruned_unet import attentions, sync_attributes
+from .stage_recipes import Prune
+from .training import Task
+from .unet import image_shape, macs, parameters
 
 TOLERANCE = 0.02  # a reduction this far from its target is said to be missed
-
-
-@dataclass
-class ChannelGroup:
-    """Coupled channels. ``scores``: ``[width]``, high is important; ``blocks``: equal contiguous parts
-    (GroupNorm groups or heads) that must stay equal; ``whole_blocks``: a part goes whole (a head)."""
-
-    layer: str
-    root: nn.Module
-    prune_fn: Any
-    width: int
-    step: int
-    blocks: int
-    whole_blocks: bool
-    scores: Tensor
-    touched: dict[tuple[nn.Module, bool], int]  # (module, is_output) -> channels of it in the group
-
-    def width_at(self, ratio: float) -> int:
-        """The allowed width nearest to ``(1 - ratio) * width``."""
-        return min(self.width, max(self.step, round((1 - ratio) * self.width / self.step) * self.step))
-
-    def dropped(self, width: int) -> list[int]:
-        """Indices of the least important channels beyond ``width``, block by block."""
-        blocks = self.scores.view(self.blocks, -1)
-        if self.whole_blocks:
-            keep = width // blocks.shape[1]
-            gone = blocks.mean(1).argsort(stable=True)[: self.blocks - keep]
-            mask = torch.zeros_like(blocks, dtype=torch.bool)
-            mask[gone] = True
-        else:
-            gone = blocks.argsort(dim=1, stable=True)[:, : blocks.shape[1] - width // self.blocks]
-            mask = torch.zeros_like(blocks, dtype=torch.bool).scatter_(1, gone, True)
-        return mask.flatten().nonzero().flatten().tolist()
-
-    def cost(self, width: int) -> float:
-        """Share of the group's importance that goes when it shrinks to ``width``."""
-        return (self.scores[self.dropped(width)].sum() / self.scores.sum()).item()
+CLOSE = 0.005  # nearer than this to the target, equal ratios of the levels count more
+TENSOR_CORE = 16  # channels: the rule of NVIDIA's ASP (arXiv 2104.08378) for sparse tensor cores
+BISECTIONS, TIMED_BISECTIONS = 30, 7
+Widths = list[int]
 
 
 @dataclass
 class PruneReport:
-    """What stage 1 did. Reductions are shares of the dense model's parameters or MACs."""
+    """What stage 1 did. Reductions are shares of the dense model's parameters, MACs or latency."""
 
     method: str
     target: float
-    reduction: float
+    of: str  # what the target is a share of: parameters, macs or latency
+    achieved: float  # of that
+    layout: str
+    reduction: float  # of the parameters
     parameters_before: int
     parameters_after: int
     macs_before: int
     macs_after: int
     groups: list[dict[str, Any]]  # layer, before, after, multiple_of
+    eligibility: dict[str, dict[str, int]]  # before and after: layers, those eligible for N:M, tensor-core ready
     reason: str = ""  # why the target was missed, in words; empty when met
+    details: dict[str, Any] = field(default_factory=dict)  # time embedding's residual; measured latencies
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def channel_groups(unet: nn.Module, method: str, m: int, seed: int) -> tuple[Any, list[ChannelGroup]]:
-    """The dependency graph and its prunable groups with their importance scores.
+def prune(
+    unet: nn.Module,
+    spec: Prune,
+    m: int,
+    seed: int,
+    task: Task | None = None,
+    dense: nn.Module | None = None,
+    train_timesteps: int = 1000,
+) -> tuple[nn.Module, PruneReport]:
+    """The UNet pruned to the recipe's target, and what was done.
 
-    ``conv_out`` and the time embedding are left alone. method: ``magnitude`` (torch-pruning's group
-    L2 norm) or ``random``. m: stage 2's group length, for which widths are rounded.
+    ``unet`` is cut in place; with ``layout: uniform`` another module with a config of its own comes back.
+    m: the group length of stage 2, which widths stay multiples of. task: images, for methods that look at
+    them. dense: what the target is a share of, where ``unet`` has been pruned before. ValueError when the
+    recipe cannot be met on this model at all.
     """
-    sample = torch.zeros(1, *image_shape(unet))
-    inputs = {"sample": sample, "timestep": torch.zeros(1, dtype=torch.long)}
-    with torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(unet, example_inputs=inputs)
-    names = {module: name for name, module in unet.named_modules()}
-    ignored = [unet.conv_out, unet.time_embedding.linear_1, unet.time_embedding.linear_2]
-    magnitude = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
-    heads = {
-        layer: attention
-        for attention in unet.modules()
-        if attention.__class__.__name__ == "Attention"
-        for layer in (attention.to_q, attention.to_k, attention.to_v)
-    }
-    groups = []
-    for group in graph.get_all_groups(ignored_layers=ignored, root_module_types=[nn.Conv2d, nn.Linear]):
-        group = _rooted_at_narrowest(graph, group)
-        root = group[0].dep.target.module
-        layer, width = names[root], len(group[0].idxs)
-        if method == "random":
-            scores = torch.rand(width, generator=generator(seed, "channels", layer))
-        else:
-            scores = magnitude(group).detach().float().cpu()
-        step, blocks, whole = _constraints(unet, group, width, m, heads)
-        if width % step == 0 and width > step:
-            prune_fn = group[0].dep.handler
-            touched = _touched(graph, group)
-            groups.append(ChannelGroup(layer, root, prune_fn, width, step, blocks, whole, scores, touched))
-    return graph, groups
+    dense = copy.deepcopy(unet) if dense is None else dense
+    graph, groups = _groups(unet, spec, m, seed, task)
+    units = uniform.units(unet, groups, train_timesteps) if spec.layout == "uniform" else None
+    measure = _measure(spec, unet, dense, groups, train_timesteps)
+    widths = choose_widths(
+        groups,
+        plan(groups, spec.ranking),
+        measure,
+        spec.target,
+        spec.of == "latency",
+        units,
+        lambda w: uniform.fits(unet, groups, w),
+    )
+    before = eligibility(unet, m)
+    cut(unet, graph, groups, widths)
+    details: dict[str, Any] = {}
+    if spec.layout == "uniform":
+        unet, details["time_embedding_residual"] = uniform.rebuild(unet, train_timesteps)
+        details["block_out_channels"] = list(unet.config.block_out_channels)
+    return unet, _report(
+        spec, unet, dense, groups, widths, measure, details, {"before": before, "after": eligibility(unet, m)}
+    )
 
 
-def prune(unet: nn.Module, method: str, target: float, m: int, seed: int) -> PruneReport:
-    """Prune ``unet`` in place to the target share of parameters; widths stay multiples of M."""
-    before, macs_before = parameters(unet), macs(unet)
-    graph, groups = channel_groups(unet, method, m, seed)
-    widths = choose_widths(groups, before, target)
-    query_sizes = {a: a.to_q.out_features for a in unet.modules() if a.__class__.__name__ == "Attention"}
+def check(unet: nn.Module, spec: Prune, m: int, train_timesteps: int) -> None:
+    """ValueError, in one line, when the recipe names layers that are not there or a layout that does not fit."""
+    groups = _groups(unet, spec, m, 0, None)[1]
+    if spec.layout == "uniform":
+        uniform.units(unet, groups, train_timesteps)
+
+
+def _groups(unet: nn.Module, spec: Prune, m: int, seed: int, task: Task | None) -> tuple[Any, list[ChannelGroup]]:
+    multiple = math.lcm(m, TENSOR_CORE) if spec.round_for == "tensor-core" else m
+    with scoring(unet, spec, task, seed) as score:
+        return channel_groups(unet, score, multiple, [(x.match, x.ratio) for x in spec.layers])
+
+
+def cut(unet: nn.Module, graph: Any, groups: list[ChannelGroup], widths: Widths) -> None:
+    """Shrink each group to its width, in place."""
+    query_sizes = {a: a.to_q.out_features for a in attentions(unet)}
     for group, width in zip(groups, widths, strict=True):
         if width < group.width:
             graph.get_pruning_group(group.root, group.prune_fn, group.dropped(width)).prune()
     sync_attributes(unet)
     for attention, size in query_sizes.items():
         _keep_attention_scale(attention, size)
-    after = parameters(unet)
-    reduction = 1 - after / before
-    return PruneReport(
-        method,
-        target,
-        reduction,
-        before,
-        after,
-        macs_before,
-        macs(unet),
-        [
-            {"layer": g.layer, "before": g.width, "after": w, "multiple_of": g.step}
-            for g, w in zip(groups, widths, strict=True)
-        ],
-        _missed(groups, before, target, reduction),
-    )
 
 
-def choose_widths(groups: list[ChannelGroup], total: int, target: float) -> list[int]:
-    """Widths whose parameter reduction is nearest to ``target`` (a share of ``total``)."""
+def plan(groups: list[ChannelGroup], ranking: str) -> Callable[[float], Widths]:
+    """Ratio -> widths. local: the same ratio everywhere. global: the weakest channels of all groups go.
+    isomorphic: the weakest of alike groups do (Isomorphic Pruning, arXiv 2407.04616)."""
+    if ranking == "local":
+        return lambda ratio: [g.width_at(ratio if g.ratio is None else g.ratio) for g in groups]
+    classes: dict[Any, list[ChannelGroup]] = {}
+    for group in groups:
+        if group.ratio is None:
+            classes.setdefault(group.kind if ranking == "isomorphic" else "all", []).append(group)
+    ranked = {kind: torch.cat([g.scores for g in alike]).sort().values for kind, alike in classes.items()}
 
-    def reduction(widths: list[int]) -> float:
-        return removed_parameters(groups, widths) / total
+    def widths(ratio: float) -> Widths:
+        found = []
+        for group in groups:
+            if group.ratio is not None:
+                found.append(group.width_at(group.ratio))
+                continue
+            scores = ranked[group.kind if ranking == "isomorphic" else "all"]
+            gone = round(ratio * len(scores))
+            threshold = scores[gone - 1] if gone else -math.inf
+            found.append(group.allowed((group.scores > threshold).sum().item()))
+        return found
 
+    return widths
+
+
+def choose_widths(
+    groups: list[ChannelGroup],
+    widths_at: Callable[[float], Widths],
+    measure: Callable[[Widths], float],
+    target: float,
+    timed: bool = False,
+    units: list[int] | None = None,
+    fits: Callable[[Widths], bool] = lambda widths: True,
+) -> Widths:
+    """Widths whose measured reduction is nearest to ``target``.
+
+    timed: measuring takes time and is noisy, so the bisected ratio stands. units: groups of one unit have
+    one width (the uniform layout), and ``fits`` says which widths a config can describe.
+    """
     low, high = 0.0, 1.0
-    for _ in range(30):
+    for _ in range(TIMED_BISECTIONS if timed else BISECTIONS):
         middle = (low + high) / 2
-        if reduction([g.width_at(middle) for g in groups]) <= target:
+        if measure(widths_at(middle)) <= target:
             low = middle
         else:
             high = middle
-    widths, further = ([g.width_at(r) for g in groups] for r in (low, high))
-    changing = [i for i, group in enumerate(groups) if widths[i] != further[i]]
+    if units is not None:
+        jumps = (lambda trial: math.dist(trial, widths_at(low))) if timed else measure
+        return _nearest_levels(groups, widths_at(low), jumps, 0.0 if timed else target, units, fits)
+    if timed:
+        return widths_at(low)
+    widths, further = widths_at(low), widths_at(high)
+    changing = [i for i in range(len(groups)) if widths[i] != further[i]]
     for i in sorted(changing, key=lambda i: groups[i].cost(further[i])):
         trial = [*widths[:i], further[i], *widths[i + 1 :]]
-        if abs(reduction(trial) - target) < abs(reduction(widths) - target):
+        if abs(measure(trial) - target) < abs(measure(widths) - target):
             widths = trial
     return widths
 
 
-def removed_parameters(groups: list[ChannelGroup], widths: list[int]) -> int:
-    """How many parameters go when each group shrinks to its width; exact, without pruning."""
-    lost: dict[nn.Module, list[int]] = {}  # module -> [outputs lost, inputs lost]
+def _nearest_levels(
+    groups: list[ChannelGroup],
+    widths: Widths,
+    measure: Callable[[Widths], float],
+    target: float,
+    units: list[int],
+    fits: Callable[[Widths], bool],
+) -> Widths:
+    """The best of the widths a few jumps around: near the target, and then with the most equal ratios.
+
+    ValueError when none of them is a UNet that a config can describe.
+    """
+    first = {unit: units.index(unit) for unit in units}
+    jumps = (-2, -1, 0, 1, 2) if len(first) <= 4 else (-1, 0, 1)
+    around = [sorted({groups[i].allowed(widths[i] + jump * groups[i].step) for jump in jumps}) for i in first.values()]
+
+    def rank(trial: Widths) -> tuple[float, float]:
+        ratios = [width / group.width for width, group in zip(trial, groups)]
+        return max(abs(measure(trial) - target), CLOSE), max(ratios) - min(ratios)
+
+    trials = []
+    for choice in itertools.product(*around):
+        of = dict(zip(first, choice))
+        trials.append([of[unit] for unit in units])
+    found = next((trial for trial in sorted(trials, key=rank) if fits(trial)), None)
+    if found is None:
+        raise ValueError(f"layout=uniform finds no widths near target={target:.3g} for this model; use layout=free")
+    return found
+
+
+def lost_channels(groups: list[ChannelGroup], widths: Widths) -> dict[nn.Module, tuple[int, int]]:
+    """Module to (outputs lost, inputs lost) when each group shrinks to its width."""
+    lost: dict[nn.Module, list[int]] = {}
     for group, width in zip(groups, widths, strict=True):
         share = (group.width - width) / group.width
         for (module, is_output), count in group.touched.items():
             lost.setdefault(module, [0, 0])[0 if is_output else 1] += round(count * share)
+    return {module: (out, inside) for module, (out, inside) in lost.items()}
+
+
+def removed_parameters(groups: list[ChannelGroup], widths: Widths) -> int:
+    """How many parameters go when each group shrinks to its width; exact, without pruning."""
     total = 0
-    for module, (out_lost, in_lost) in lost.items():
+    for module, (out_lost, in_lost) in lost_channels(groups, widths).items():
         if isinstance(module, nn.GroupNorm):
             total += 2 * out_lost
             continue
@@ -188,44 +238,84 @@ def removed_parameters(groups: list[ChannelGroup], widths: list[int]) -> int:
     return total
 
 
-def _rooted_at_narrowest(graph, group):
-    """The same group seen from its narrowest layer.
+@torch.no_grad()
+def layer_positions(unet: nn.Module) -> dict[nn.Module, int]:
+    """At how many places (pixels, tokens) of one image each convolution or linear layer works."""
+    found: dict[nn.Module, int] = {}
 
-    With ``resnet_time_scale_shift`` the time projection has two outputs (scale, shift) for each channel;
-    only seen from the convolution does one index stand for one channel.
-    """
-    outputs = [
-        dep for dep, _ in group
-        if isinstance(dep.target.module, nn.Conv2d | nn.Linear) and graph.is_out_channel_pruning_fn(dep.handler)
-    ]  # fmt: skip
-    narrowest = min(outputs, key=lambda dep: graph.get_out_channels(dep.target.module))
-    width = graph.get_out_channels(narrowest.target.module)
-    if width >= len(group[0].idxs):
-        return group
-    return graph.get_pruning_group(narrowest.target.module, narrowest.handler, list(range(width)))
+    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        found[module] = output.numel() // module.weight.shape[0]
 
-
-def _touched(graph, group) -> dict[tuple[nn.Module, bool], int]:
-    indices: dict[tuple[nn.Module, bool], set[int]] = {}
-    for dep, idxs in group:
-        module = dep.target.module
-        if isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
-            key = (module, graph.is_out_channel_pruning_fn(dep.handler))
-            indices.setdefault(key, set()).update(idxs)
-    return {key: len(found) for key, found in indices.items()}
+    hooks = [m.register_forward_hook(hook) for m in unet.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    try:
+        unet(torch.zeros(1, *image_shape(unet)), torch.zeros(1, dtype=torch.long))
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found
 
 
-def _constraints(unet, group, width: int, m: int, heads: dict) -> tuple[int, int, bool]:
-    """(multiple that the width must keep, number of equal blocks, whether a block goes whole)."""
-    norms = {d.target.module.num_groups for d, _ in group if isinstance(d.target.module, nn.GroupNorm)}
-    step = math.lcm(m, *norms)
-    root = group[0].dep.target.module
-    attention = heads.get(root)
-    if attention is not None and attention.heads > 1:
-        return math.lcm(step, head_size(unet, attention)), attention.heads, True
-    # Norms over a concatenation see this group at an offset; equal parts suit all of them best.
-    blocks = max(norms, default=1)
-    return step, blocks if width % blocks == 0 and step % blocks == 0 else 1, False
+def removed_macs(unet: nn.Module, groups: list[ChannelGroup], widths: Widths, positions: dict[nn.Module, int]) -> int:
+    """How many MACs of one image go, like :func:`removed_parameters`: layers and attention's two products."""
+    attending = {layer for a in attentions(unet) for layer in (a.to_q, a.to_v)}
+    total = 0
+    for module, (out_lost, in_lost) in lost_channels(groups, widths).items():
+        if isinstance(module, nn.GroupNorm):
+            continue
+        out, inputs = module.weight.shape[:2]
+        at = positions[module]
+        total += (out * inputs - (out - out_lost) * (inputs - in_lost)) * module.weight[0, 0].numel() * at
+        if module in attending:
+            total += out_lost * at * at
+    return total
+
+
+def eligibility(unet: nn.Module, m: int) -> dict[str, int]:
+    """Number of convolution and linear layers, of those eligible for N:M, and of those that 2:4 kernels take."""
+    reports = masked_unet.layer_reports(unet, 1, max(m, 2))
+    eligible = [r for r in reports if r.eligible]
+    ready = [r for r in eligible if pattern.tensor_core_ready(tuple(r.shape))]
+    return {"layers": len(reports), "eligible": len(eligible), "tensor_core_ready": len(ready)}
+
+
+def _measure(
+    spec: Prune, unet: nn.Module, dense: nn.Module, groups: list[ChannelGroup], train_timesteps: int
+) -> Callable[[Widths], float]:
+    """Widths -> the reduction that the target speaks of, as a share of the dense model's."""
+    if spec.of == "latency":
+        return lambda widths: 1 - latency.compare(dense, shrunk(unet, groups, widths))["ratio"]
+    if spec.of == "macs":
+        whole, now, positions = macs(dense), macs(unet), layer_positions(unet)
+        return lambda widths: 1 - (now - removed_macs(unet, groups, widths, positions)) / whole
+    whole, now = parameters(dense), parameters(unet)
+    if spec.layout == "uniform":
+        return lambda widths: (
+            1
+            - (
+                now
+                - removed_parameters(groups, widths)
+                + uniform.added_parameters(unet, groups, widths, train_timesteps)
+            )
+            / whole
+        )
+    return lambda widths: 1 - (now - removed_parameters(groups, widths)) / whole
+
+
+def shrunk(unet: nn.Module, groups: list[ChannelGroup], widths: Widths) -> nn.Module:
+    """A copy with these widths and its first channels kept: good for timing, for nothing else."""
+    lost = {id(module): found for module, found in lost_channels(groups, widths).items()}
+    trial = copy.deepcopy(unet)
+    for before, module in zip(unet.modules(), trial.modules(), strict=True):
+        out_lost, in_lost = lost.get(id(before), (0, 0))
+        if out_lost or in_lost:
+            weight = module.weight.detach()
+            keep = weight[: len(weight) - out_lost]
+            keep = keep[:, : keep.shape[1] - in_lost] if weight.dim() > 1 else keep
+            module.weight = nn.Parameter(keep.contiguous())
+            if module.bias is not None:
+                module.bias = nn.Parameter(module.bias.detach()[: len(keep)].clone())
+    sync_attributes(trial)
+    return trial
 
 
 @torch.no_grad()
@@ -243,11 +333,43 @@ def _keep_attention_scale(attention: nn.Module, size_before: int) -> None:
         attention.to_q.bias.mul_(factor)
 
 
-def _missed(groups: list[ChannelGroup], total: int, target: float, reduction: float) -> str:
-    if abs(reduction - target) <= TOLERANCE:
-        return ""
-    most = removed_parameters(groups, [g.step for g in groups]) / total
-    if target > most:
-        return f"at most {most:.1%} can go: each width must keep {min(g.step for g in groups)} channels"
+def _report(
+    spec: Prune,
+    unet: nn.Module,
+    dense: nn.Module,
+    groups: list[ChannelGroup],
+    widths: Widths,
+    measure: Callable[[Widths], float],
+    details: dict[str, Any],
+    eligible: dict[str, dict[str, int]],
+) -> PruneReport:
+    before, after = parameters(dense), parameters(unet)
+    macs_before, macs_after = macs(dense), macs(unet)
+    reduction = 1 - after / before
+    if spec.of == "latency":
+        times = latency.compare(dense, unet)
+        details["latency"] = times
+        achieved = 1 - times["ratio"]
+    else:
+        achieved = reduction if spec.of == "parameters" else 1 - macs_after / macs_before
+    rows = [
+        {"layer": g.layer, "before": g.width, "after": w, "multiple_of": g.step}
+        for g, w in zip(groups, widths, strict=True)
+    ]
+    reason = "" if abs(achieved - spec.target) <= TOLERANCE else _missed(spec, groups, measure, achieved)
+    return PruneReport(
+        *(spec.method, spec.target, spec.of, achieved, spec.layout, reduction, before, after),
+        *(macs_before, macs_after, rows, eligible, reason, details),
+    )
+
+
+def _missed(spec: Prune, groups: list[ChannelGroup], measure: Callable[[Widths], float], achieved: float) -> str:
+    open_groups = [g for g in groups if g.ratio is None]
+    most = measure([g.width_at(g.ratio) if g.ratio is not None else g.least for g in groups])
+    if spec.target > most and open_groups:
+        least = min(g.least for g in open_groups)
+        return f"at most {most:.1%} of the {spec.of} can go: each width must keep {least} channels"
+    if spec.of == "latency":
+        return f"measured times spread, and widths move in steps; {achieved:.1%} is what was reached"
     steps = sorted({g.step for g in groups})
-    return f"widths move in multiples of {steps} (GroupNorm, heads, N:M); {reduction:.1%} is nearest"
+    return f"widths move in multiples of {steps} (GroupNorm, heads, N:M); {achieved:.1%} is nearest"

@@ -119,7 +119,7 @@ class Task:
             timesteps = Timesteps(spec.timesteps, scheduler.config.num_train_timesteps)
         return cls(
             scheduler,
-            Batches(images, recipe.data.batch_size, recipe.seed),
+            Batches(images, recipe.data.batch_size, recipe.seed, recipe.data.flip),
             recipe.seed,
             device,
             use_bf16(device, spec.precision),
@@ -276,13 +276,25 @@ class DenseLoss:
 class Trainer:
     """A stage of training: a learner, maybe weights, so many steps; resumable at any of them."""
 
-    def __init__(self, stage: str, steps: int, task: Task, learner: Learner, weights: Weights | None) -> None:
+    def __init__(
+        self,
+        stage: str,
+        steps: int,
+        task: Task,
+        learner: Learner,
+        weights: Weights | None,
+        window: Window | None = None,
+    ) -> None:
         self.stage, self.steps, self.task = stage, steps, task
-        self.learner, self.weights, self.done = learner, weights, 0
+        self.learner, self.weights = learner, weights
+        self.done, self.last = (window.first, window.last) if window else (0, steps)
 
     def __iter__(self) -> Iterator[Step]:
-        """Train to the end, yielding after each step; raises Diverged when the loss is not finite."""
-        while self.done < self.steps:
+        """Train to the end (of the window, if one is given), yielding after each step.
+
+        Diverged is raised when the loss is not finite.
+        """
+        while self.done < self.last:
             step = self.done
             train = self.weights is not None and self.weights.window.holds(step)
             self.learner.prepare(step, train)

@@ -1,8 +1,8 @@
 """UNets in and out: load a diffusers folder, rebuild a pruned one from its shapes, save, count.
 
-A pruned UNet keeps diffusers' class and layer names; only widths differ from what ``config.json``
-would build. Its folder is read back by giving each layer empty parameters of the shapes in the
-safetensors file and then loading strictly, so nothing is ever re-initialised in silence.
+A pruned UNet keeps diffusers' layer names; only widths differ from what ``config.json`` would build. Its
+folder is read back (pruned_unet.py) by giving each layer empty parameters of the shapes in the safetensors
+file and then loading strictly, so nothing is ever re-initialised in silence.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import bundled
-from .store import VARIANT_RECORD, write_json
+from .store import VARIANT_RECORD, read_json, write_atomic, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = "model_index.json"
+LOADER = Path(__file__).with_name("pruned_unet.py")  # goes beside weights of free widths
 
 
 class ModelError(ValueError):
@@ -61,7 +63,6 @@ def load(source: str) -> Diffusion:
 
 def load_unet(folder: Path) -> nn.Module:
     """A UNet2DModel folder (``config.json`` and safetensors weights), pruned or not, strictly."""
-    from diffusers import UNet2DModel
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -73,8 +74,10 @@ def load_unet(folder: Path) -> nn.Module:
             "give a folder written by diffusers' save_pretrained"
         ) from error
     kind = config.get("_class_name") if isinstance(config, dict) else "file that is no model config"
-    if kind != "UNet2DModel":
+    if kind not in ("UNet2DModel", "PrunedUNet"):
         raise ModelError(f"model folder {folder} holds a {kind}; only UNet2DModel is supported")
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        raise ModelError(f"model folder {folder} is class-conditional; only unconditional UNets are supported")
     if config.get("sample_size") is None:
         raise ModelError(f"model folder {folder}: config.json has no sample_size; write the image side there")
     if not (folder / WEIGHTS).is_file():
@@ -82,74 +85,43 @@ def load_unet(folder: Path) -> nn.Module:
         why = "only pickled weights, which are never loaded" if pickled else f"no {WEIGHTS}"
         raise ModelError(f"model folder {folder} has {why}; save it with safe_serialization=True")
     try:
-        tensors = load_file(folder / WEIGHTS)
-        unet = UNet2DModel.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        from .pruned_unet import build  # late: it imports diffusers
+
+        return build(config, load_file(folder / WEIGHTS))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ModelError(f"model folder {folder} cannot be read ({_line(error)})") from error
-    fit_shapes(unet, tensors)
-    try:
-        unet.load_state_dict({key: value.float() for key, value in tensors.items()})
     except RuntimeError as error:
         raise ModelError(f"weights in {folder} do not fit config.json ({_line(error)})") from error
-    return unet.eval()
 
 
 def save(unet: nn.Module, scheduler, folder: Path, record: dict[str, Any]) -> None:
-    """A diffusers pipeline folder (safetensors only); ``prunedm.json``, written last, marks it complete."""
+    """A diffusers pipeline folder (safetensors only); ``prunedm.json``, written last, marks it complete.
+
+    Where the config tells the widths, plain diffusers loads it. Where they are free, the folder names the class
+    ``PrunedUNet`` and carries its source, for ``DiffusionPipeline.from_pretrained(..., trust_remote_code=True)``.
+    """
     from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler
 
     (folder / VARIANT_RECORD).unlink(missing_ok=True)
     pipeline = DDPMPipeline if isinstance(scheduler, DDPMScheduler) else DDIMPipeline
     pipeline(unet, scheduler).save_pretrained(folder, safe_serialization=True)
+    source = folder / "unet" / LOADER.name
+    if follows_config(unet):
+        source.unlink(missing_ok=True)
+    else:
+        write_atomic(source, LOADER.read_bytes())
+        write_json(folder / INDEX, read_json(folder / INDEX) | {"unet": [LOADER.stem, "PrunedUNet"]})
     write_json(folder / VARIANT_RECORD, record)
 
 
-def fit_shapes(unet: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give each Conv2d, Linear and GroupNorm empty parameters of the shapes in ``tensors``."""
-    for name, module in unet.named_modules():
-        weight = tensors.get(f"{name}.weight")
-        if weight is None or getattr(module, "weight", None) is None:
-            continue
-        if not isinstance(module, nn.Conv2d | nn.Linear | nn.GroupNorm):
-            continue
-        if module.weight.shape != weight.shape:
-            module.weight = nn.Parameter(torch.empty(weight.shape))
-            if module.bias is not None:
-                module.bias = nn.Parameter(torch.empty(weight.shape[0]))
-    sync_attributes(unet)
+def follows_config(unet: nn.Module) -> bool:
+    """Whether the config alone would build these widths, so that plain diffusers loads the weights."""
+    from diffusers import UNet2DModel
 
-
-def sync_attributes(unet: nn.Module) -> None:
-    """Make the widths that modules remember agree with their parameters.
-
-    Up- and downsamplers assert on ``channels``; attention derives its head size from ``heads``.
-    """
-    for module in unet.modules():
-        if isinstance(module, nn.Conv2d):
-            module.out_channels, module.in_channels = module.weight.shape[:2]
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = module.weight.shape
-        elif isinstance(module, nn.GroupNorm):
-            module.num_channels = module.weight.shape[0]
-    for module in unet.modules():
-        kind = module.__class__.__name__
-        if kind in ("Upsample2D", "Downsample2D") and isinstance(module.conv, nn.Conv2d):
-            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
-        elif kind == "ResnetBlock2D":
-            # Samplers inside a resnet have no convolution of their own: they see its input channels.
-            for sampler in (module.upsample, module.downsample):
-                if hasattr(sampler, "channels") and not isinstance(sampler.conv, nn.Conv2d):
-                    sampler.channels = sampler.out_channels = module.norm1.num_channels
-        elif kind == "Attention" and module.heads > 1:
-            # Whole heads are pruned (structured.py), so the size of a head never changes.
-            module.heads = module.to_q.out_features // head_size(unet, module)
-            module.sliceable_head_dim = module.heads
-
-
-def head_size(unet: nn.Module, attention: nn.Module) -> int:
-    """Channels of one attention head as the model's config says; the whole width for one head."""
-    declared = unet.config.attention_head_dim
-    return declared if attention.heads > 1 and declared else attention.to_q.out_features
+    with torch.device("meta"):
+        wanted = UNet2DModel.from_config({k: v for k, v in unet.config.items() if not k.startswith("_")})
+    shapes = {name: p.shape for name, p in wanted.named_parameters()}
+    return all(shapes.get(name) == p.shape for name, p in unet.named_parameters())
 
 
 def resolve_device(name: str) -> torch.device:

@@ -7,7 +7,7 @@ from conftest import make_unet
 from prunedm import learn, pattern
 from prunedm.diagnostics import Watcher
 from prunedm.masked_unet import MaskedUNet
-from prunedm.recipe import Mask
+from prunedm.stage_recipes import Mask
 
 
 def watcher(**spec) -> Watcher:

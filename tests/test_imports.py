@@ -9,11 +9,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots", "pictures", "pattern",
-    "unet", "data", "diffusion", "masks", "masked_unet", "maskfile", "structured", "training",
+    "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots",
+    "pictures", "pattern",
+    "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
+    "channel_groups", "channel_scores", "latency", "uniform", "structured",
     "importance", "mask_methods", "reinforce", "learn",
-    "diagnostics", "allocate", "metrics", "latency", "environment", "evaluate", "report", "inputs", "mask_stage",
-    "stages", "pipeline", "jobs", "mask_commands", "__main__",
+    "diagnostics", "allocate", "metrics", "environment", "evaluate", "report", "inputs", "mask_stage",
+    "stages", "pipeline", "pretrain", "jobs",
+    "onnx_graph", "onnx_int8", "onnx_export", "semi_structured", "verify", "model_card", "export",
+    "mask_commands", "pretrain_command", "export_commands", "__main__",
 ]  # fmt: skip
 
 

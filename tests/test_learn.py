@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunedm import data, diffusion, learn, mask_methods, masks, pattern, training
 from prunedm.diffusion import NoisedBatch, Timesteps
 from prunedm.masked_unet import MaskedUNet
-from prunedm.recipe import Mask, Train
+from prunedm.recipe import Train
 from prunedm.seeds import generator
+from prunedm.stage_recipes import Mask
 from prunedm.training import Trainer, Weights, Window
 
 

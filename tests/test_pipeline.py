@@ -299,3 +299,53 @@ def test_preview_predicts_what_the_run_does(done, micro, tmp_path):
 
 def test_records_are_json(done):
     assert json.loads((done.folder / "state.json").read_text()) == dataclasses.asdict(done.state())
+
+
+ROUNDS = {"rounds": 3, "round_steps": 2, "method": "taylor", "calibration_images": 4, "calibration_steps": 2}
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 4])
+def test_pruning_in_rounds_stops_and_resumes_anywhere(tmp_path, micro, step):
+    recipe = micro(prune=ROUNDS, mask={"method": "none"})
+    whole = execute(tmp_path / "whole", recipe)
+    cuts = [e["report"] for e in whole.events() if e["kind"] == "pruned"]
+    assert [c["round"] for c in cuts] == [1, 2, 3]
+    assert [c["target"] for c in cuts] == pytest.approx([0.1, 0.2, 0.3])
+    sizes = [c["parameters_after"] for c in cuts]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[2]
+    assert cuts[-1]["parameters_before"] == cuts[0]["parameters_before"], "shares are of the dense model"
+    steps = [r["step"] for r in whole.metrics() if r["stage"] == "prune"]
+    assert steps == [1, 2, 3, 4]
+    seen = []
+    run = execute(
+        tmp_path / "parts",
+        recipe,
+        on_step=seen.append,
+        stop=lambda: bool(seen) and (seen[-1].stage, seen[-1].step) == ("prune", step),
+    )
+    assert run.state().status == "stopped"
+    assert pipeline.execute(store.Run(run.folder)) == "done"
+    assert_same(whole, run)
+
+
+@pytest.mark.parametrize(
+    "prune", [{"layout": "uniform"}, {"of": "macs", "ranking": "global"}, {"method": "activation"}]
+)
+def test_layouts_targets_and_methods_run_to_the_end(tmp_path, micro, prune):
+    from diffusers import DDPMPipeline
+
+    run = execute(tmp_path, micro(prune=prune | {"finetune_steps": 2}))
+    record = next(e["report"] for e in run.events() if e["kind"] == "pruned")
+    assert record["layout"] == prune.get("layout", "free") and record["of"] == prune.get("of", "parameters")
+    assert "eligible for N:M" in run.report_path.read_text()
+    if prune.get("layout") == "uniform":
+        for variant in ("structured", "nm"):
+            unet = DDPMPipeline.from_pretrained(run.variant(variant)).unet
+            saved = weights(run, variant)
+            assert all(torch.equal(tensor, saved[name]) for name, tensor in unet.state_dict().items())
+
+
+def test_a_stage_one_that_cannot_work_is_refused_before_a_run_is_made(tmp_path, micro):
+    recipe = micro(prune={"layers": [{"match": "nowhere.*", "ratio": 0.5}]})
+    with pytest.raises(ValueError, match=r"'nowhere\.\*' matches no prunable layer"):
+        inputs.load_inputs(recipe, tmp_path)
