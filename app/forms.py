@@ -29,6 +29,11 @@ PRESET_HELP = {
 TOP_LEVEL = ("name", "seed", "device")
 # What most runs leave alone waits behind a fold.
 FOLDED = {
+    "data": ("flip", "resize", "crop", "held_out", "limit"),
+    "prune": (
+        "ranking", "round_for", "norm", "reduction", "normalizer", "time", "loss_threshold", "calibration_images",
+        "calibration_steps", "layers", "rounds", "round_steps",
+    ),
     "mask": (
         "layers", "density", "initial", "lr", "schedule", "warmup", "masks_from", "masks_until", "then",
         "weights_from", "weights_until", "flip_budget", "temperature", "tau_start", "tau_end",

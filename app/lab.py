@@ -60,8 +60,8 @@ def card(run: Run) -> Card:
     """A run's recipe, state and figures; a broken folder is a card that says so."""
     try:
         folder = str(run.folder)
-        recipe = _recipe(folder, _stamp(run.folder / "recipe.yaml"))
-        results = _results(folder, _stamp(run.folder / "evaluation.json"))
+        recipe = _recipe(folder, stamp(run.folder / "recipe.yaml"))
+        results = _results(folder, stamp(run.folder / "evaluation.json"))
         return Card(run, recipe, run.state(), results)
     except (ValueError, OSError) as error:
         return Card(run, problem=str(error))
@@ -82,7 +82,8 @@ def _results(folder: str, stamp: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     return Run(Path(folder)).evaluation()
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
+def stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file does; empty when it is not there."""
     try:
         stat = path.stat()
     except FileNotFoundError:

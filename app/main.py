@@ -21,6 +21,9 @@ PAGES = {
         st.Page(ROOT / "pages" / "launch.py", title="Launch", url_path="launch"),
         st.Page(ROOT / "pages" / "monitor.py", title="Monitor", url_path="monitor"),
     ],
-    "Results": [st.Page(ROOT / "pages" / "compare.py", title="Compare", url_path="compare")],
+    "Results": [
+        st.Page(ROOT / "pages" / "compare.py", title="Compare", url_path="compare"),
+        st.Page(ROOT / "pages" / "models.py", title="Models", url_path="models"),
+    ],
 }
 st.navigation(PAGES).run()

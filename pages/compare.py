@@ -56,7 +56,8 @@ def columns_of(cards: list[lab.Card]) -> dict[str, Column]:
         for variant in card.results:
             if variant == "dense":
                 r = card.recipe
-                same = (r.model.source, r.data.source, bundled.settings_key(r.eval))
+                held_out = r.data.model_dump_json(exclude={"batch_size", "flip"})
+                same = (r.model.source, held_out, bundled.settings_key(r.eval))
                 if same in dense:
                     continue
                 dense.add(same)

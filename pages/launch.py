@@ -29,7 +29,7 @@ def relevant(recipe: Recipe) -> Recipe:
     rest find the prediction in the cache."""
     kept = {
         "model": recipe.model,
-        "prune": {"method": recipe.prune.method, "target": recipe.prune.target},
+        "prune": recipe.prune.model_copy(update={"finetune_steps": 0, "rounds": 1, "round_steps": 50}).model_dump(),
         "mask": {"n": recipe.mask.n, "m": recipe.mask.m, "layers": recipe.mask.layers, "density": recipe.mask.density},
         "seed": recipe.seed if recipe.prune.method == "random" else 0,
     }
@@ -57,10 +57,21 @@ def prediction(recipe: Recipe) -> bool:
     ]
     for column, (label, value, delta) in zip(st.columns(4), boxes):
         column.metric(label, value, delta, "inverse", border=True)
-    if found["prune"] and found["prune"]["reason"]:
-        st.warning(f"The target of {recipe.prune.target:.0%} is not met: {found['prune']['reason']}.")
+    stage_one(recipe, found["prune"])
     layers(recipe, found)
     return True
+
+
+def stage_one(recipe: Recipe, pruned: dict | None) -> None:
+    """What the prediction of stage 1 rests on, and whether its target can be met."""
+    if pruned is None:
+        return
+    if pruned["method"] != recipe.prune.method:
+        st.caption(f"Predicted with magnitude's ranking: {recipe.prune.method} looks at images when the run begins.")
+    if pruned["of"] != recipe.prune.of:
+        st.caption(f"Predicted for {pruned['of']}: latency is measured when the run begins.")
+    if pruned["reason"]:
+        st.warning(f"The target of {recipe.prune.target:.0%} is not met: {pruned['reason']}.")
 
 
 def layers(recipe: Recipe, found: dict) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m prunedm run|resume|ls|show|doctor|masks|export|verify``.
+"""The command line: ``python -m prunedm run|resume|ls|show|doctor|masks|pretrain|export|verify``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return app(given or ["--help"], standalone_mode=False) or 0
     except typer.TyperException as error:
-        print(f"error: {error}; see --help", file=sys.stderr)
+        print(f"error: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

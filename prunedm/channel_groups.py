@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .pruned_unet import attentions, head_size
 from .unet import image_shape
 
+TRACED_SIDE = 64  # pixels: enough for six halvings
 Score = Callable[[Any], Tensor]  # torch-pruning's group -> a score for each of its channels, [width]
 Ratios = Sequence[tuple[str, float]]  # (shell pattern of layers, share of the channels to remove)
 
@@ -81,7 +82,9 @@ def channel_groups(unet: nn.Module, score: Score, multiple: int, ratios: Ratios 
     for stage 2. ratios: shares of single layers, a group follows the last that names one of its members;
     ValueError when a name matches no group or a score is no number.
     """
-    sample = torch.zeros(1, *image_shape(unet))
+    channels, *sides = image_shape(unet)
+    # What is coupled does not depend on the size of the image, what the trace keeps in memory does.
+    sample = torch.zeros(1, channels, *(min(side, TRACED_SIDE) for side in sides))
     inputs = {"sample": sample, "timestep": torch.zeros(1, dtype=torch.long)}
     with torch.enable_grad():
         graph = tp.DependencyGraph().build_dependency(unet, example_inputs=inputs)

@@ -190,7 +190,8 @@ def write_diffusers(source: Source, out: Path, dtype: str) -> dict[str, Any]:
 
 def _fill(source: Source, folder: Path, name: str, dtype: str) -> dict[str, Any]:
     """The diffusers folder itself; returns its record."""
-    model = copy.deepcopy(source.model.unet).to(DTYPES[dtype])
+    # torch's own `to`: that of diffusers warns of modules to be kept in float32, of which UNet2DModel has none.
+    model = nn.Module.to(copy.deepcopy(source.model.unet), DTYPES[dtype])
     if not all(p.isfinite().all() for p in model.parameters()):
         raise ExportError(f"--dtype {dtype} cannot hold all weights of {source.name}; use bf16 or fp32")
     if source.masks is not None:
@@ -257,7 +258,7 @@ def write_trtexec(source: Source, path: Path) -> str:
     """``NAME.sh`` beside an ONNX file, after its own weights were seen to keep every claim; returns the command."""
     broken = verify.inspect(path)["problems"]
     if broken:
-        raise ExportError(f"{path}: {broken[0]}; export it again")
+        raise ExportError(f"{path}: {broken[0]}; delete it and export it again")
     command = trtexec(path.name, source.model.image_shape)
     remark = (
         "# Builds a TensorRT engine on the machine and GPU that run it. The log says which layers took sparse\n"

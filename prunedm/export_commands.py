@@ -90,7 +90,9 @@ def verify(
 
 def _told(out: Path, record: dict[str, Any], seen: dict[str, Any]) -> list[str]:
     """What was written, in lines for a person."""
-    lines = [f"{out}: {seen['kind']}, {seen['claimed_layers']} N:M layers, each checked in what was written"]
+    count = seen["claimed_layers"]
+    checked = f"{count} N:M layers, each checked in what was written" if count else "no N:M layers"
+    lines = [f"{out}: {seen['kind']}, {checked}"]
     if "bytes" in record:
         lines[0] += f"; {record['bytes']:,} bytes"
     if "difference_from_torch" in record:
@@ -110,7 +112,10 @@ def _told(out: Path, record: dict[str, Any], seen: dict[str, Any]) -> list[str]:
     if "semi_structured" in record:
         plan = record["semi_structured"]
         lines += [f"{plan['converted']} of {len(plan['layers'])} layers convert; {plan['note']}:", *plan["load"]]
-    return lines + ([f"on a machine with TensorRT: {record['trtexec']}"] if "trtexec" in record else [])
+    if "trtexec" in record:
+        lines.append(f"{seen['tensor_core_ready_layers']} layers are 2:4 and of a size for sparse tensor cores")
+        lines.append(f"on a machine with TensorRT: {record['trtexec']}")
+    return lines
 
 
 def _print_layers(found: dict[str, Any]) -> None:

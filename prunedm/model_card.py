@@ -10,9 +10,10 @@ from . import __version__, bundled, report
 from .records import VARIANT_LABELS
 
 CPU = (
-    "On a CPU the N:M stage buys size, not time: no CPU engine that was tried (torch, ONNX Runtime, OpenVINO) is "
-    "faster on 2:4 weights than on dense ones. Time on a CPU is won by the structured stage alone; 2:4 layers can "
-    "be faster on NVIDIA GPUs with sparse tensor cores, through TensorRT or PyTorch's semi-structured kernels."
+    "On a CPU the N:M stage buys size, not time: no CPU engine that was tried (ONNX Runtime, OpenVINO) is faster on "
+    "2:4 weights than on dense ones, and torch computes with the zeros. Time on a CPU is won by the structured stage "
+    "alone; 2:4 layers can be faster on NVIDIA GPUs with sparse tensor cores, through TensorRT or PyTorch's "
+    "semi-structured kernels."
 )
 BUNDLED_LICENCE = (
     "The dense model was trained by PruneDM Lab on Fashion-MNIST (Zalando SE, MIT licence); the weights here derive "

@@ -194,5 +194,10 @@ def _bar(steps: int) -> Iterator[Callable[[Step], None]]:
     loss = TextColumn("{task.fields[loss]:>13}")
     columns = (TextColumn("Train"), BarColumn(), MofNCompleteColumn(), loss, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task("train", total=steps, loss="")
-        yield lambda step: bars.update(task, completed=step.step, loss=f"loss {step.values['loss']:.5f}")
+
+        def show(step: Step) -> None:
+            if not bars.tasks:  # from here on its speed is measured: a resumed training does not begin at 0
+                bars.add_task("train", total=steps, completed=step.step, loss="")
+            bars.update(bars.tasks[0].id, completed=step.step, loss=f"loss {step.values['loss']:.5f}")
+
+        yield show

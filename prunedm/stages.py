@@ -115,7 +115,7 @@ class Pipeline:
         """The cut of this round (from 1), to its share of the target."""
         spec = self.recipe.prune
         wanted = spec.model_copy(update={"target": spec.target * number / spec.rounds})
-        dense = unet.load_unet(self.run.variant("dense") / "unet")
+        dense = structured.Dense.of(unet.load_unet(self.run.variant("dense") / "unet"), spec)
         steps = self.model.scheduler.config.num_train_timesteps
         task = self._task() if spec.method in CALIBRATED else None
         pruned, found = structured.prune(

@@ -117,6 +117,11 @@ class Run:
         """The diffusers folder of one variant (it may not exist yet)."""
         return self.folder / "variants" / name
 
+    @property
+    def exports(self) -> Path:
+        """Where the lab puts what it exports (it may not exist yet)."""
+        return self.folder / "exports"
+
     def sheet(self, name: str) -> Path:
         """The sample sheet of one variant's evaluation."""
         return self.variant(name) / "samples.png"

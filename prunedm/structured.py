@@ -59,13 +59,26 @@ class PruneReport:
         return asdict(self)
 
 
+@dataclass
+class Dense:
+    """What reductions are shares of. ``unet`` is kept where a latency is to be measured against it."""
+
+    parameters: int
+    macs: int
+    unet: nn.Module | None
+
+    @classmethod
+    def of(cls, unet: nn.Module, spec: Prune) -> Dense:
+        return cls(parameters(unet), macs(unet), copy.deepcopy(unet) if spec.of == "latency" else None)
+
+
 def prune(
     unet: nn.Module,
     spec: Prune,
     m: int,
     seed: int,
     task: Task | None = None,
-    dense: nn.Module | None = None,
+    dense: Dense | None = None,
     train_timesteps: int = 1000,
 ) -> tuple[nn.Module, PruneReport]:
     """The UNet pruned to the recipe's target, and what was done.
@@ -75,7 +88,7 @@ def prune(
     them. dense: what the target is a share of, where ``unet`` has been pruned before. ValueError when the
     recipe cannot be met on this model at all.
     """
-    dense = copy.deepcopy(unet) if dense is None else dense
+    dense = dense or Dense.of(unet, spec)
     graph, groups = _groups(unet, spec, m, seed, task)
     units = uniform.units(unet, groups, train_timesteps) if spec.layout == "uniform" else None
     measure = _measure(spec, unet, dense, groups, train_timesteps)
@@ -88,6 +101,8 @@ def prune(
         units,
         lambda w: uniform.fits(unet, groups, w),
     )
+    # What the narrowest widths would reach; groups describe the uncut model, so it is asked before the cut.
+    most = 1.0 if spec.of == "latency" else measure(plan(groups, "local")(1.0))
     before = eligibility(unet, m)
     cut(unet, graph, groups, widths)
     details: dict[str, Any] = {}
@@ -95,7 +110,7 @@ def prune(
         unet, details["time_embedding_residual"] = uniform.rebuild(unet, train_timesteps)
         details["block_out_channels"] = list(unet.config.block_out_channels)
     return unet, _report(
-        spec, unet, dense, groups, widths, measure, details, {"before": before, "after": eligibility(unet, m)}
+        spec, unet, dense, groups, widths, most, details, {"before": before, "after": eligibility(unet, m)}
     )
 
 
@@ -279,15 +294,15 @@ def eligibility(unet: nn.Module, m: int) -> dict[str, int]:
 
 
 def _measure(
-    spec: Prune, unet: nn.Module, dense: nn.Module, groups: list[ChannelGroup], train_timesteps: int
+    spec: Prune, unet: nn.Module, dense: Dense, groups: list[ChannelGroup], train_timesteps: int
 ) -> Callable[[Widths], float]:
     """Widths -> the reduction that the target speaks of, as a share of the dense model's."""
     if spec.of == "latency":
-        return lambda widths: 1 - latency.compare(dense, shrunk(unet, groups, widths))["ratio"]
+        return lambda widths: 1 - latency.compare(dense.unet, shrunk(unet, groups, widths))["ratio"]
     if spec.of == "macs":
-        whole, now, positions = macs(dense), macs(unet), layer_positions(unet)
+        whole, now, positions = dense.macs, macs(unet), layer_positions(unet)
         return lambda widths: 1 - (now - removed_macs(unet, groups, widths, positions)) / whole
-    whole, now = parameters(dense), parameters(unet)
+    whole, now = dense.parameters, parameters(unet)
     if spec.layout == "uniform":
         return lambda widths: (
             1
@@ -336,40 +351,40 @@ def _keep_attention_scale(attention: nn.Module, size_before: int) -> None:
 def _report(
     spec: Prune,
     unet: nn.Module,
-    dense: nn.Module,
+    dense: Dense,
     groups: list[ChannelGroup],
     widths: Widths,
-    measure: Callable[[Widths], float],
+    most: float,
     details: dict[str, Any],
     eligible: dict[str, dict[str, int]],
 ) -> PruneReport:
-    before, after = parameters(dense), parameters(unet)
-    macs_before, macs_after = macs(dense), macs(unet)
-    reduction = 1 - after / before
+    after, macs_after = parameters(unet), macs(unet)
+    reduction = 1 - after / dense.parameters
     if spec.of == "latency":
-        times = latency.compare(dense, unet)
+        times = latency.compare(dense.unet, unet)
         details["latency"] = times
         achieved = 1 - times["ratio"]
     else:
-        achieved = reduction if spec.of == "parameters" else 1 - macs_after / macs_before
+        achieved = reduction if spec.of == "parameters" else 1 - macs_after / dense.macs
     rows = [
         {"layer": g.layer, "before": g.width, "after": w, "multiple_of": g.step}
         for g, w in zip(groups, widths, strict=True)
     ]
-    reason = "" if abs(achieved - spec.target) <= TOLERANCE else _missed(spec, groups, measure, achieved)
+    reason = _missed(spec, groups, most, achieved)
     return PruneReport(
-        *(spec.method, spec.target, spec.of, achieved, spec.layout, reduction, before, after),
-        *(macs_before, macs_after, rows, eligible, reason, details),
+        *(spec.method, spec.target, spec.of, achieved, spec.layout, reduction, dense.parameters, after),
+        *(dense.macs, macs_after, rows, eligible, reason, details),
     )
 
 
-def _missed(spec: Prune, groups: list[ChannelGroup], measure: Callable[[Widths], float], achieved: float) -> str:
+def _missed(spec: Prune, groups: list[ChannelGroup], most: float, achieved: float) -> str:
+    if abs(achieved - spec.target) <= TOLERANCE:
+        return ""
+    if spec.of == "latency":
+        return f"measured times spread, and widths move in steps; {achieved:.1%} is what was reached"
     open_groups = [g for g in groups if g.ratio is None]
-    most = measure([g.width_at(g.ratio) if g.ratio is not None else g.least for g in groups])
     if spec.target > most and open_groups:
         least = min(g.least for g in open_groups)
         return f"at most {most:.1%} of the {spec.of} can go: each width must keep {least} channels"
-    if spec.of == "latency":
-        return f"measured times spread, and widths move in steps; {achieved:.1%} is what was reached"
     steps = sorted({g.step for g in groups})
     return f"widths move in multiples of {steps} (GroupNorm, heads, N:M); {achieved:.1%} is nearest"

@@ -16,7 +16,7 @@ from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("home", "launch", "monitor", "compare")
+PAGES = ("home", "launch", "monitor", "compare", "models")
 
 
 @pytest.fixture(scope="module")
@@ -351,3 +351,59 @@ def wait_for(condition, seconds=120):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def click(app, label):
+    next(b for b in app.button if b.label == label).click().run()
+    assert not app.exception, app.exception
+
+
+def test_models_shows_layers_exports_verifies_and_deletes(with_done):
+    from app import exports
+    from prunedm import packed
+
+    exports.exports.clear()
+    app = open_page("models", run=with_done.id)
+    text = said(app)
+    assert "Every N:M layer keeps its pattern" in text + "".join(str(s.value) for s in app.success)
+    app.selectbox(key="models.format").set_value("packed").run()
+    click(app, "Export")
+    deadline = time.monotonic() + 60
+    while exports.exports().of(with_done) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not exports.exports().of(with_done)
+    (path,) = exports.finished(with_done)
+    assert path.name == f"{with_done.id}-nm-packed-fp32.safetensors" and packed.read(path)
+    app.run()
+    assert path.name.replace("-", "\\-") in said(app)
+    click(app, "Export")
+    assert "is already there; delete it first" in said(app)
+    click(app, "Verify")
+    click(app, "Delete it")
+    assert exports.finished(with_done) == []
+
+
+def test_an_export_that_cannot_work_is_said_in_the_lab(with_done):
+    from app import exports
+
+    exports.exports.clear()
+    app = open_page("models", run=with_done.id)
+    app.selectbox(key="models.format").set_value("semi-structured").run()
+    click(app, "Export")
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "CUDA" in said(app)
+
+
+def test_a_folder_is_exported_with_its_archive(with_done):
+    import zipfile
+
+    from app import exports
+
+    made = exports.Exports()
+    made.start(with_done, "structured", "diffusers", "fp16", "none").future.result(60)
+    (path,) = exports.finished(with_done)
+    assert path.is_dir() and "model_index.json" in zipfile.ZipFile(exports.archive(path)).namelist()
+    exports.delete(path)
+    assert not path.exists() and not exports.archive(path).exists()

@@ -193,6 +193,7 @@ def test_refused_permissions_are_named(tmp_path, wide, monkeypatch):
     assert [line.partition(":")[0] for line in images.skipped] == ["closed", "0.png"] and len(images.train) == 1
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(st.sampled_from(FORMATS), st.data())
 @settings(max_examples=150)
 def test_no_altered_file_gets_past_the_reader(suffix, draw):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
     "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots",
     "pictures", "pattern",
-    "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
+    "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "packed", "training",
     "channel_groups", "channel_scores", "latency", "uniform", "structured",
     "importance", "mask_methods", "reinforce", "learn",
     "diagnostics", "allocate", "metrics", "environment", "evaluate", "report", "inputs", "mask_stage",

@@ -1,0 +1,153 @@
+"""Stage 1 on the architectures of google/ddpm-cifar10-32 (35.7 M) and google/ddpm-celebahq-256 (113.7 M).
+
+    .venv/bin/python benchmarks/structured.py targets [--model cifar10|celebahq]    # targets, seconds, memory
+    .venv/bin/python benchmarks/structured.py latency [--target 0.44] [--rounds 7]  # speed-up against MACs
+
+Random weights: nothing is downloaded. One JSON line a result. Memory is the growth of the process's peak
+resident set over what it held before, as a multiple of the model's own bytes. Latency is that of a batch of 8,
+interleaved between dense and pruned: eager, channels_last, and torch.compile with channels_last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np  # noqa: E402
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from prunedm import structured, unet  # noqa: E402
+from prunedm.stage_recipes import Prune  # noqa: E402
+
+BATCH = 8
+COMMON = {
+    "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "norm_num_groups": 32, "attention_head_dim": None,
+    "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
+}  # fmt: skip
+CONFIGS = {
+    "cifar10": COMMON | {
+        "sample_size": 32, "block_out_channels": (128, 256, 256, 256),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    },
+    "celebahq": COMMON | {
+        "sample_size": 256, "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
+    },
+}  # fmt: skip
+
+
+def model(name: str) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(**CONFIGS[name]).eval()
+
+
+class PeakMemory:
+    """The largest resident set of this process while the block runs, bytes, looked at every 5 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        self.process, self.running = psutil.Process(), True
+        self.before = self.peak = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self.running:
+            self.peak = max(self.peak, self.process.memory_info().rss)
+            time.sleep(0.005)
+
+    def __exit__(self, *error: object) -> None:
+        self.running = False
+        self.thread.join()
+
+    @property
+    def growth(self) -> int:
+        return self.peak - self.before
+
+
+def targets(name: str) -> None:
+    for layout in ("free", "uniform"):
+        for target in (0.3, 0.44, 0.6):
+            dense = model(name)
+            size = 4 * unet.parameters(dense)
+            began = time.perf_counter()
+            with PeakMemory() as memory:
+                pruned, report = structured.prune(dense, Prune(target=target, layout=layout), 4, 0)
+            seconds = time.perf_counter() - began
+            with torch.no_grad():
+                out = pruned(torch.zeros(1, *unet.image_shape(pruned)), torch.tensor([500])).sample
+            print(
+                json.dumps(
+                    {
+                        **{"model": name, "layout": layout, "target": target, "reduction": round(report.reduction, 4)},
+                        **{"macs": round(1 - report.macs_after / report.macs_before, 4), "seconds": round(seconds, 1)},
+                        **{"memory": round(memory.growth / size, 2), "finite": bool(out.isfinite().all())},
+                        **{"eligible": report.eligibility["after"], "reason": report.reason},
+                    }
+                ),
+                flush=True,
+            )
+
+
+@torch.no_grad()
+def latency(name: str, target: float, rounds: int, layout: str) -> None:
+    dense = model(name)
+    pruned, report = structured.prune(copy.deepcopy(dense), Prune(target=target, layout=layout), 4, 0)
+    x = torch.zeros(BATCH, *unet.image_shape(dense))
+    t = torch.zeros(BATCH, dtype=torch.long)
+    last = x.contiguous(memory_format=torch.channels_last)
+    ways = {"eager": (dense, pruned, x)}
+    laid = [net.to(memory_format=torch.channels_last) for net in copy.deepcopy([dense, pruned])]
+    ways["channels_last"] = (*laid, last)
+    ways["compile"] = (*(torch.compile(net) for net in laid), last)
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for at in range(rounds + 2):  # two for warm-up
+        for way, (*nets, inputs) in ways.items():
+            found = []
+            for net in nets:
+                began = time.perf_counter()
+                net(inputs, t)
+                found.append(time.perf_counter() - began)
+            if at >= 2:
+                times[way].append(tuple(found))
+    macs = report.macs_before / report.macs_after
+    medians = {way: np.median(np.array(rows), 0) for way, rows in times.items()}
+    best = [min(medians[way][i] for way in ways) for i in (0, 1)]
+    line = {"model": name, "layout": layout, "reduction": round(report.reduction, 3), "macs_ratio": round(macs, 3)}
+    for way, rows in times.items():
+        p10, p50, p90 = np.percentile([a / b for a, b in rows], [10, 50, 90]).round(3).tolist()
+        line[way] = {"dense_s": round(medians[way][0], 4), "pruned_s": round(medians[way][1], 4)}
+        line[way] |= {"speedup": p50, "p10": p10, "p90": p90}
+    speedup = best[0] / best[1]
+    print(json.dumps(line | {"best_speedup": round(speedup, 3), "share_of_macs": round(speedup / macs, 3)}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["targets", "latency"])
+    parser.add_argument("--model", choices=list(CONFIGS), default="cifar10")
+    parser.add_argument("--layout", choices=["free", "uniform"], default="free")
+    parser.add_argument("--target", type=float, default=0.44)
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    if given.what == "targets":
+        targets(given.model)
+    else:
+        latency(given.model, given.target, given.rounds, given.layout)
+
+
+if __name__ == "__main__":
+    main()
