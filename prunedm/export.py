@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from . import bundled, maskfile, model_card, onnx_export, packed, pattern, semi_structured, store, unet, verify
-from .pruned_unet import build
 from .recipe import Data
 from .stage_recipes import Pattern
 from .store import MASKS, VARIANT_RECORD, write_atomic
@@ -199,21 +198,12 @@ def _fill(source: Source, folder: Path, name: str, dtype: str) -> dict[str, Any]
         shutil.copyfile(maskfile.manifest_path(source.masks), maskfile.manifest_path(folder / MASKS))
     record = source.record | {"export": {"source": source.name, "dtype": dtype, "patterns": source.patterns}}
     unet.save(model, source.model.scheduler, folder, record)
-    sizes = {
-        "parameters": unet.parameters(model),
-        "nonzero_parameters": unet.nonzero_parameters(model),
-        "bytes": unet.weight_bytes(folder),
-        "dtype": dtype,
-        "image_shape": source.model.image_shape,
-    }
-    plain, data = unet.follows_config(model), source.data.source if source.data else None
-    card = model_card.text(name, record, source.patterns, sizes, source.base, data, source.results, plain)
-    write_atomic(folder / "README.md", card.encode())
-    return record | sizes
+    data = source.data.source if source.data else None
+    return record | model_card.write(folder, model, record, source.patterns, source.base, data, source.results, name)
 
 
 def write_packed(source: Source, out: Path, dtype: str, int8: str = "none") -> dict[str, Any]:
-    """One packed file with all that :func:`load_packed` needs; returns a summary of it."""
+    """One packed file with all that :func:`prunedm.unet.load_packed` needs; returns a summary of it."""
     scheduler = source.model.scheduler
     config = {
         "unet": _plain(source.model.unet.config),
@@ -224,20 +214,6 @@ def write_packed(source: Source, out: Path, dtype: str, int8: str = "none") -> d
     manifest = packed.write(out, source.model.unet.state_dict(), source.patterns, config, held, int8 == "weights")
     summary = {"format": "packed", "file": out.name, "bytes": out.stat().st_size, "sha256": manifest["sha256"]}
     return summary | {"dtype": dtype, "int8": int8, "patterns": source.patterns} | source.origin
-
-
-def load_packed(path: Path) -> unet.Diffusion:
-    """The model of a file that :func:`write_packed` wrote, float32 on the CPU."""
-    import diffusers
-
-    config, tensors = packed.manifest(path)["config"], packed.read(path)
-    try:
-        kind = config["scheduler"]["_class_name"]
-        scheduler_class = {"DDPMScheduler": diffusers.DDPMScheduler, "DDIMScheduler": diffusers.DDIMScheduler}[kind]
-        return unet.Diffusion(build(config["unet"], tensors), scheduler_class.from_config(_plain(config["scheduler"])))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:160]
-        raise ExportError(f"{path} holds no UNet2DModel with its scheduler ({line}); export the model again") from error
 
 
 def _plain(config: Any) -> dict[str, Any]:

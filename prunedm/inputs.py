@@ -89,7 +89,7 @@ def absolute(recipe: Recipe, runs_dir: Path) -> Recipe:
     changed = recipe.model_copy(deep=True)
     source = resolve_source(recipe.model.source, runs_dir)
     folder = Path(source).expanduser()
-    if source != bundled.NAME and folder.is_dir() and changed.model.source == source:
+    if source != bundled.NAME and folder.exists() and changed.model.source == source:
         changed.model.source = str(folder.absolute())
     changed.data.source = data.absolute(recipe.data)
     given = masks_source(recipe, runs_dir)

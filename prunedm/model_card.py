@@ -6,8 +6,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from . import __version__, bundled, report
+import torch
+from torch import nn
+
+from . import __version__, bundled, report, unet
 from .records import VARIANT_LABELS
+from .store import write_atomic
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 CPU = (
     "On a CPU the N:M stage buys size, not time: no CPU engine that was tried (ONNX Runtime, OpenVINO) is faster on "
@@ -25,22 +31,29 @@ OTHER_LICENCE = (
 )
 
 
-def text(
-    name: str,
+def write(
+    folder: Path,
+    model: nn.Module,
     record: dict[str, Any],
     patterns: dict[str, str],
-    sizes: dict[str, Any],
     base: str | None,
     data: str | None,
     results: dict[str, dict[str, Any]],
-    plain: bool,
-) -> str:
-    """The card in Markdown.
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Write the card of a saved model into its folder; returns its sizes.
 
-    name: of the folder. record: ``prunedm.json``. sizes: parameters, nonzero_parameters, bytes, dtype and
-    image_shape. base, data: the dense model and its images as the recipe names them. results: a run's
-    evaluation. plain: whether diffusers loads the folder without code of its own.
+    record: ``prunedm.json``. base, data: the dense model and its images as the recipe names them. results: a
+    run's evaluation. name: of the folder, where it will have another one.
     """
+    name = name or folder.name
+    sizes = {
+        "parameters": unet.parameters(model),
+        "nonzero_parameters": unet.nonzero_parameters(model),
+        "bytes": unet.weight_bytes(folder),
+        "dtype": DTYPES[next(model.parameters()).dtype],
+        "image_shape": unet.image_shape(model),
+    }
     variant = record.get("variant")
     label = VARIANT_LABELS.get(variant, variant) if variant else None
     title = f"# {name}\n\nA denoising diffusion UNet in diffusers format"
@@ -51,11 +64,25 @@ def text(
         _lineage(record, patterns, base, data),
         _sizes(sizes, patterns),
         _figures(results),
-        _loading(name, sizes["dtype"], plain),
+        _loading(name, sizes["dtype"], unet.follows_config(model)),
+        _timesteps(model),
         f"## Limits\n\n{CPU}",
         f"## Licence\n\n{BUNDLED_LICENCE if base == bundled.NAME else OTHER_LICENCE}",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    write_atomic(folder / "README.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
+    return sizes
+
+
+def _timesteps(model: nn.Module) -> str:
+    """What a table of timesteps cannot do."""
+    if model.config.time_embedding_type != "learned":
+        return ""
+    return (
+        f"## Timesteps\n\nThe time embedding is a table over the {model.config.num_train_timesteps} training "
+        "timesteps, exact at each of them. Schedulers whose timesteps are whole numbers (DDPM, DDIM, DPM-Solver) work "
+        "as they are; those that ask for times in between (Euler, Heun, Karras sigmas) need the sinusoids of the dense "
+        "model: prune with `layout: free` for them."
+    )
 
 
 def _front() -> str:

@@ -245,8 +245,8 @@ def _check_layout(file: Any, entries: dict[str, Any]) -> None:
     held, wanted = set(file.keys()), set()
     for name, entry in entries.items():
         for part, (dtype, shape) in _layout(name, entry).items():
-            found = file.get_slice(part) if part in held else None
-            if found is None or (found.get_dtype(), list(found.get_shape())) != (DTYPES[dtype], shape):
+            found = file.get_slice(part)  # SafetensorError where it is missing
+            if (found.get_dtype(), list(found.get_shape())) != (DTYPES[dtype], shape):
                 raise PackedError(f"it holds no {part} of {dtype} {shape}")
             wanted.add(part)
     if odd := sorted(held - wanted):
@@ -368,7 +368,6 @@ def _exceeds(planes: np.ndarray, largest: int) -> bool:
             equal &= plane
         else:
             greater |= equal & plane
-            equal &= ~plane
     return bool(greater.any())
 
 

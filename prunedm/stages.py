@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import diffusion, evaluate, mask_stage, pictures, report, store, structured, unet
+from . import diffusion, evaluate, mask_stage, model_card, pictures, report, store, structured, unet
 from .evaluate import image_seeds
 from .inputs import load_inputs, rounding
 from .learn import FixedMasks
@@ -214,8 +214,19 @@ class Pipeline:
         yield from evaluate.evaluate(self.run, self.recipe, self.images, self.device)
 
     def _report(self) -> Iterator[Step]:
+        self._write_cards()
         report.write(self.run)
         yield Step("report", 1, 1)
+
+    def _write_cards(self) -> None:
+        """A README.md in each variant's folder, now that its figures are known."""
+        patterns = {layer["layer"]: layer["pattern"] for layer in self.run.layers() if layer["eligible"]}
+        for name in self.run.variants():
+            folder = self.run.variant(name)
+            model, record = unet.load_unet(folder / "unet"), store.read_json(folder / store.VARIANT_RECORD)
+            origin = (self.recipe.model.source, self.recipe.data.source)
+            found = patterns if name == "nm" else {}
+            model_card.write(folder, model, record, found, *origin, self.run.evaluation(), f"{self.run.id}-{name}")
 
     # --- parts of stages ---------------------------------------------------------------------
     def _train(

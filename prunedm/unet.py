@@ -8,14 +8,15 @@ file and then loading strictly, so nothing is ever re-initialised in silence.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import bundled
+from . import bundled, packed
 from .store import VARIANT_RECORD, read_json, write_atomic, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -47,15 +48,15 @@ def image_shape(unet: nn.Module) -> tuple[int, int, int]:
 
 
 def load(source: str) -> Diffusion:
-    """The bundled model, a diffusers pipeline folder, a bare UNet folder or a Hugging Face id.
+    """The bundled model, a diffusers pipeline folder, a bare UNet folder, a packed file or a Hugging Face id.
 
     Always float32, evaluation mode. Raises ModelError with value, rule and remedy.
     """
     folder = bundled.MODEL if source == bundled.NAME else Path(source).expanduser()
     if not folder.exists():
         folder = _download(source)
-    if not folder.is_dir():
-        raise ModelError(f"model.source={source} is a file; give the diffusers folder that holds it")
+    if folder.is_file():
+        return load_packed(folder)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     unet = load_unet(unet_folder)
     return Diffusion(unet, _load_scheduler(folder))
@@ -63,9 +64,6 @@ def load(source: str) -> Diffusion:
 
 def load_unet(folder: Path) -> nn.Module:
     """A UNet2DModel folder (``config.json`` and safetensors weights), pruned or not, strictly."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -80,18 +78,52 @@ def load_unet(folder: Path) -> nn.Module:
         raise ModelError(f"model folder {folder} is class-conditional; only unconditional UNets are supported")
     if config.get("sample_size") is None:
         raise ModelError(f"model folder {folder}: config.json has no sample_size; write the image side there")
-    if not (folder / WEIGHTS).is_file():
-        pickled = any(folder.glob("*.bin"))
-        why = "only pickled weights, which are never loaded" if pickled else f"no {WEIGHTS}"
-        raise ModelError(f"model folder {folder} has {why}; save it with safe_serialization=True")
+    tensors = read_weights(folder)
     try:
         from .pruned_unet import build  # late: it imports diffusers
 
-        return build(config, load_file(folder / WEIGHTS))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        return build(config, tensors)
+    except (ValueError, TypeError) as error:
         raise ModelError(f"model folder {folder} cannot be read ({_line(error)})") from error
     except RuntimeError as error:
         raise ModelError(f"weights in {folder} do not fit config.json ({_line(error)})") from error
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a UNet folder's safetensors: one file (of any ``variant``), or the shards of a large model.
+
+    ModelError when there are none, or they cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    one, others = folder / WEIGHTS, sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    files = [one] if one.is_file() else others
+    parts = [re.search(r"-\d+-of-(\d+)", file.name) for file in files]
+    whole = len(files) == 1 if not parts or parts[0] is None else all(p and int(p[1]) == len(files) for p in parts)
+    if not whole:
+        pickled = any(folder.glob("*.bin"))
+        why = f"{len(files)} weight files that do not make one model" if files else f"no {WEIGHTS}"
+        why = "only pickled weights, which are never loaded" if pickled and not files else why
+        raise ModelError(f"model folder {folder} has {why}; save it with safe_serialization=True")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read ({_line(error)}); restore it or save the model again") from error
+    return tensors
+
+
+def load_packed(path: Path) -> Diffusion:
+    """The model of a packed file (packed.py) that ``prunedm export`` wrote, float32 on the CPU."""
+    config, tensors = packed.manifest(path)["config"], packed.read(path)
+    try:
+        from .pruned_unet import build  # late: it imports diffusers
+
+        return Diffusion(build(config["unet"], tensors), _scheduler(config["scheduler"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path} holds no UNet2DModel with its scheduler ({_line(error)}); export it again") from error
 
 
 def save(unet: nn.Module, scheduler, folder: Path, record: dict[str, Any]) -> None:
@@ -169,8 +201,6 @@ def weight_bytes(folder: Path) -> int:
 
 def _download(source: str) -> Path:
     """A Hugging Face id through huggingface_hub: safetensors and JSON files only."""
-    import re
-
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise ModelError(f"model.source={source} is not there; give 'bundled', a diffusers folder or owner/name")
     from huggingface_hub import snapshot_download
@@ -187,21 +217,28 @@ def _download(source: str) -> Path:
 
 def _load_scheduler(folder: Path):
     """The trained scheduler: DDPM or DDIM as its config says (DDPM where there is none)."""
-    from diffusers import DDIMScheduler, DDPMScheduler
+    from diffusers import DDPMScheduler
 
     path = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
     if path is None:
         return DDPMScheduler()
-    classes = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
     try:
-        config = json.loads((path / "scheduler_config.json").read_text(encoding="utf-8"))
-        kind = config.get("_class_name", "DDPMScheduler")
-        scheduler = classes.get(kind, DDPMScheduler).from_config({k: v for k, v in config.items() if k[0] != "_"})
+        return _scheduler(json.loads((path / "scheduler_config.json").read_text(encoding="utf-8")))
+    except KeyError as error:
+        raise ModelError(
+            f"{path} holds a {error.args[0]}; save the model with a DDPMScheduler or a DDIMScheduler"
+        ) from error
     except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path}/scheduler_config.json cannot be read ({_line(error)})") from error
-    if kind not in classes:
-        raise ModelError(f"{path} holds a {kind}; save the model with a {' or a '.join(classes)}")
-    return scheduler
+
+
+def _scheduler(config: dict[str, Any]) -> Any:
+    """The scheduler of a config; KeyError names a class that is not supported."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    classes = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
+    chosen = classes[config.get("_class_name", "DDPMScheduler")]
+    return chosen.from_config({key: value for key, value in config.items() if key[0] != "_"})
 
 
 def _line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from . import maskfile, onnx_graph, packed, pattern, semi_structured
 from .masked_unet import EXCLUDED
 from .stage_recipes import Pattern, parse_pattern
 from .store import MASKS, VARIANT_RECORD
-from .unet import WEIGHTS
+from .unet import read_weights
 
 CLAIMED = Pattern(2, 4)
 
@@ -155,7 +155,7 @@ def _is_plain(path: Path) -> bool:
 
 def _read_folder(path: Path) -> Model:
     folder = path / "unet" if (path / "unet").is_dir() else path
-    weights = _layers(_tensors(folder))
+    weights = _layers(read_weights(folder))
     claims, problems = {}, []
     kind = "diffusers folder" if folder != path else "UNet folder"
     exported = _json(path / VARIANT_RECORD).get("export")
@@ -192,18 +192,6 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise VerifyError(f"{path} holds no JSON object; export the model again")
     return found
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a UNet folder's safetensors: one file, or the shards of a large model."""
-    one, others = folder / WEIGHTS, sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    files = [one] if one.is_file() else others
-    if not files:
-        raise VerifyError(f"{folder} holds no {WEIGHTS}; give a diffusers folder, a UNet folder or a file")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= _load(file)
-    return tensors
 
 
 def _load(file: Path) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ def test_free_widths_load_with_the_code_that_the_card_names(runs, tmp_path):
 def test_a_packed_file_gives_back_every_weight(source, folder, tmp_path):
     out = tmp_path / "model.packed"
     record = export.write(source, "packed", out, "fp32")
-    loaded = export.load_packed(out)
+    loaded = unet.load_packed(out)
     assert all(torch.equal(a, b) for a, b in zip(loaded.unet.parameters(), source.model.unet.parameters()))
     held = dict(loaded.scheduler.config)
     assert {k: v for k, v in source.model.scheduler.config.items() if k[0] != "_"}.items() <= held.items()
@@ -160,14 +160,14 @@ def test_a_packed_file_gives_back_every_weight(source, folder, tmp_path):
     assert out.stat().st_size < 0.75 * unet.weight_bytes(folder)
     small = export.write(source, "packed", tmp_path / "small.packed", "fp32", "weights")
     assert small["bytes"] < 0.5 * record["bytes"]
-    weight, near = source.model.unet.conv_out.weight, export.load_packed(tmp_path / "small.packed").unet.conv_out.weight
+    weight, near = source.model.unet.conv_out.weight, unet.load_packed(tmp_path / "small.packed").unet.conv_out.weight
     assert 0 < (weight - near).abs().max() < weight.abs().max() / 100
 
 
 def test_a_packed_file_of_something_else_is_no_model(tmp_path):
     packed.write(tmp_path / "x", {"a.weight": torch.ones(4, 4)}, {}, {"unet": {}})
-    with pytest.raises(export.ExportError, match="holds no UNet2DModel"):
-        export.load_packed(tmp_path / "x")
+    with pytest.raises(unet.ModelError, match="holds no UNet2DModel"):
+        unet.load_packed(tmp_path / "x")
 
 
 # --- onnx ------------------------------------------------------------------------------------

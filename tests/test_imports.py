@@ -10,13 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
     "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots",
-    "pictures", "pattern",
-    "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "packed", "training",
+    "pictures", "pattern", "packed",
+    "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "latency", "uniform", "structured",
     "importance", "mask_methods", "reinforce", "learn",
-    "diagnostics", "allocate", "metrics", "environment", "evaluate", "report", "inputs", "mask_stage",
+    "diagnostics", "allocate", "metrics", "environment", "evaluate", "report", "model_card", "inputs", "mask_stage",
     "stages", "pipeline", "pretrain", "jobs",
-    "onnx_graph", "onnx_int8", "onnx_export", "semi_structured", "verify", "model_card", "export",
+    "onnx_graph", "onnx_int8", "onnx_export", "semi_structured", "verify", "export",
     "mask_commands", "pretrain_command", "export_commands", "__main__",
 ]  # fmt: skip
 

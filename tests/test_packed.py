@@ -5,6 +5,7 @@ import json
 import math
 import random
 import struct
+from contextlib import suppress
 from itertools import combinations
 from unittest.mock import patch
 
@@ -227,6 +228,8 @@ def test_a_flipped_byte_anywhere_is_refused(whole, tmp_path):
         altered = bytearray(content)
         altered[place] ^= rng.randrange(1, 256)
         refused(tmp_path / "altered.safetensors", altered)
+        with suppress(packed.PackedError):  # unchecked it may pass, but no other error comes of it
+            packed.read(tmp_path / "altered.safetensors", check=False)
 
 
 def test_without_the_check_only_contradictions_are_refused(whole, tmp_path):
@@ -265,6 +268,11 @@ def fill_codes(name, byte):
     return lambda record, tensors: tensors[f"{name}.codes"].fill_(byte) is None
 
 
+def reshape(record, tensors, name, shape):
+    record["tensors"][name]["shape"] = shape
+    tensors[name] = tensors[name].reshape([int(side) for side in shape])
+
+
 FORGERIES = {
     "version 2": lambda record, tensors: record.update(version=2),
     "another format": lambda record, tensors: record.update(format="npz"),
@@ -284,7 +292,8 @@ FORGERIES = {
     "a giant dense shape": set_entry("a.bias", shape=[2**62]),
     "another shape of the same size": set_entry("a.weight", shape=[16, 8, 3, 3], groups=999),
     "a negative side": set_entry("a.bias", shape=[-8]),
-    "a shape of true": set_entry("c.weight", shape=[True, 16]),
+    "a shape of true": lambda record, tensors: reshape(record, tensors, "c.weight", [8, 2, True]),
+    "a shape of nine sides": lambda record, tensors: reshape(record, tensors, "c.weight", [8, 2, 1, 1, 1, 1, 1, 1, 1]),
     "a shape that is no list": set_entry("a.bias", shape=8),
     "another pattern": set_entry("a.weight", pattern="3:4"),
     "a pattern that is none": set_entry("a.weight", pattern="4:4"),
@@ -318,7 +327,7 @@ def test_other_safetensors_are_refused_with_the_remedy(tmp_path):
 
 
 # --- int8, casts, sizes ---------------------------------------------------------------------------
-@given(layers(), st.integers(0, 99), st.sampled_from([1e-40, 1e-3, 1.0, 1e30]), st.sampled_from([1, packed.CHUNK]))
+@given(layers(), st.integers(0, 99), st.sampled_from([1e-42, 1e-3, 1.0, 1e30]), st.sampled_from([1, packed.CHUNK]))
 @settings(max_examples=40)
 def test_int8_is_off_by_half_a_step_at_most(tmp_path_factory, layer, seed, size, chunk):
     shape, n, m = layer
@@ -327,6 +336,7 @@ def test_int8_is_off_by_half_a_step_at_most(tmp_path_factory, layer, seed, size,
     weight = sparse(torch.randn(shape) * size, n, m, seed)
     weight[0] = 0
     tensors = {"a.weight": weight, "b.weight": torch.randn(3, 5) * size, "norm.weight": torch.randn(7)}
+    tensors["table"] = torch.randn(2, 3)
     packed.write(path, tensors, {"a": f"{n}:{m}"}, {}, int8=True)
     with patch.object(packed, "CHUNK", chunk):
         found = packed.read(path)
@@ -336,7 +346,8 @@ def test_int8_is_off_by_half_a_step_at_most(tmp_path_factory, layer, seed, size,
         largest, wrong = (w.double().abs().flatten(1).amax(1) for w in (tensors[name], found[name] - tensors[name]))
         assert (step <= largest / 127 * 1.000001 + 2.0**-149).all()  # the smallest float
         assert (wrong <= step * 0.50001).all() and found[name].dtype == torch.float32
-    assert (found["a.weight"] == 0)[weight == 0].all() and same(found["norm.weight"], tensors["norm.weight"])
+    assert (found["a.weight"] == 0)[weight == 0].all()
+    assert all(same(found[name], tensors[name]) for name in ("norm.weight", "table"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -394,6 +405,17 @@ def test_what_cannot_be_packed_is_refused_and_the_old_file_stays(tmp_path, tenso
     with pytest.raises(packed.PackedError, match=why) as caught:
         packed.write(path, tensors, patterns, config, **options)
     assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / "unet.safetensors"
+    path.write_bytes(b"old")
+    with (
+        patch("os.fsync", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(OSError, match="No space"),
+    ):
+        packed.write(path, {"a": WEIGHT}, {}, {})
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -120,3 +120,53 @@ def test_the_scheduler_is_the_one_that_the_config_names(tmp_path):
     PNDMScheduler().save_pretrained(tmp_path / "ddim" / "scheduler")
     with pytest.raises(unets.ModelError, match="holds a PNDMScheduler; save the model with a DDPMScheduler or"):
         unets.load(str(tmp_path / "ddim"))
+
+
+def call(unet):
+    x = torch.randn(2, *unets.image_shape(unet), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return unet(x, torch.tensor([3, 700])).sample
+
+
+def test_a_packed_file_is_a_model_too(model_folder, tmp_path):
+    from prunedm import export
+
+    source = export.find(str(model_folder), None, tmp_path, export.verify.parse("2:4"))
+    export.write(source, "packed", tmp_path / "m.safetensors", "fp32")
+    loaded = unets.load(str(tmp_path / "m.safetensors"))
+    assert torch.equal(call(loaded.unet), call(unets.load(str(model_folder)).unet))
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"torn\.safetensors"):
+        unets.load(str(tmp_path / "torn.safetensors"))
+
+
+def test_shards_and_variants_load_and_missing_shards_are_named(model_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    def sharded(unet):
+        tensors = load_file(unet / unets.WEIGHTS)
+        (unet / unets.WEIGHTS).unlink()
+        for i, names in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
+            part = {name: tensors[name] for name in names}
+            save_file(part, unet / f"diffusion_pytorch_model-{i:05}-of-00002.safetensors")
+
+    folder = damaged(model_folder, tmp_path, sharded)
+    wanted = call(unets.load(str(model_folder)).unet)
+    assert torch.equal(call(unets.load(folder).unet), wanted)
+    next((tmp_path / "copy" / "unet").glob("*-00002-of-*")).unlink()
+    with pytest.raises(ModelError, match="1 weight files that do not make one model"):
+        unets.load(folder)
+    shutil.rmtree(tmp_path / "copy")
+    folder = damaged(
+        model_folder, tmp_path, lambda u: (u / unets.WEIGHTS).rename(u / "diffusion_pytorch_model.fp16.safetensors")
+    )
+    assert torch.equal(call(unets.load(folder).unet), wanted)
+
+
+def test_a_class_conditional_model_is_refused(model_folder, tmp_path):
+    def conditional(unet):
+        config = json.loads((unet / "config.json").read_text())
+        (unet / "config.json").write_text(json.dumps(config | {"num_class_embeds": 10}))
+
+    with pytest.raises(ModelError, match="class-conditional; only unconditional UNets"):
+        unets.load(damaged(model_folder, tmp_path, conditional))
