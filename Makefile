@@ -27,6 +27,9 @@ lint: .venv/.dev
 
 bench: .venv/.dev browser
 	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/structured.py targets
+	$(BIN)/python benchmarks/structured.py latency
+	$(BIN)/python benchmarks/packed.py
 	$(BIN)/python benchmarks/app.py
 
 screenshots: .venv/.dev browser

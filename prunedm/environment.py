@@ -17,7 +17,7 @@ from . import __version__
 PACKAGES = (
     "torch", "torchvision", "diffusers", "torch-pruning", "torch-fidelity", "accelerate", "safetensors",
     "huggingface_hub", "streamlit", "plotly", "pandas", "numpy", "scipy", "pillow", "pydantic", "pyyaml",
-    "typer", "rich", "psutil", "filelock",
+    "typer", "rich", "psutil", "filelock", "onnx", "onnxruntime",
 )  # fmt: skip
 SETUP = "run `make lab`, or pip install -r requirements.txt"
 
