@@ -122,15 +122,18 @@ def _grid(run: Run) -> str:
 
 
 def stage_one(found: dict[str, Any]) -> str:
-    """What stage 1 did, in words."""
+    """What stage 1 did, in words. Runs of earlier versions recorded less."""
     rounds = f" in {found['rounds']} rounds" if found.get("rounds", 1) > 1 else ""
-    before, after = found["eligibility"]["before"], found["eligibility"]["after"]
-    return (
-        f"Stage 1 ({found['method']}, layout {found['layout']}) removed {found['achieved']:.1%} of the {found['of']}"
-        f"{rounds}; target {found['target']:.1%}. Of {after['layers']} layers {after['eligible']} are eligible for N:M "
-        f"(before: {before['eligible']}), {after['tensor_core_ready']} tensor-core ready "
-        f"(before: {before['tensor_core_ready']})."
-    )
+    layout = f", layout {found['layout']}" if "layout" in found else ""
+    achieved = f"{found.get('achieved', found['reduction']):.1%} of the {found.get('of', 'parameters')}"
+    text = f"Stage 1 ({found['method']}{layout}) removed {achieved}{rounds}; target {found['target']:.1%}."
+    if "eligibility" in found:
+        before, after = found["eligibility"]["before"], found["eligibility"]["after"]
+        text += (
+            f" Of {after['layers']} layers {after['eligible']} are eligible for N:M (before: {before['eligible']}), "
+            f"{after['tensor_core_ready']} tensor-core ready (before: {before['tensor_core_ready']})."
+        )
+    return text
 
 
 def _pruned(run: Run) -> str:
