@@ -15,6 +15,7 @@ FORMATS = {
     "tensorrt": "an ONNX file and the trtexec command that builds a sparse engine from it",
     "semi-structured": "for torch's 2:4 kernels: needs a CUDA GPU",
 }
+EXTRAS = {".json": "Record", ".sh": "Script"}  # what lies beside an export
 
 
 def layers(path: Path) -> None:
@@ -87,9 +88,9 @@ def ready(run: Run, writing: list[Path]) -> None:
         name.markdown(f"**{parts.plain(path.name)}**")
         size.caption(f"{file.stat().st_size / 2**20:.2f} MiB")
         download.download_button("Download", file.read_bytes, file.name, key=f"get.{path.name}", on_click="ignore")
-        for extra in (p for p in exports.belonging(path) if p.suffix in (".json", ".sh")):
+        for extra in (p for p in exports.belonging(path) if p.suffix in EXTRAS):
             download.download_button(
-                extra.suffix, extra.read_bytes, extra.name, key=f"get.{extra.name}", on_click="ignore"
+                EXTRAS[extra.suffix], extra.read_bytes, extra.name, key=f"get.{extra.name}", on_click="ignore"
             )
         if check.button("Verify", key=f"check.{path.name}"):
             layers(path)

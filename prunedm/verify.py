@@ -21,6 +21,7 @@ from .store import MASKS, VARIANT_RECORD
 from .unet import read_weights
 
 CLAIMED = Pattern(2, 4)
+TABLES = ("time_proj.weight", "class_embedding.weight")  # embeddings: no input channels
 
 
 class VerifyError(ValueError):
@@ -205,8 +206,12 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _layers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with input channels: two dimensions and more (from names alone, embeddings look like layers)."""
-    found = {n.removesuffix(".weight"): t for n, t in tensors.items() if n.endswith(".weight") and t.ndim >= 2}
+    """The weights with input channels: two dimensions and more, but for a table of timesteps or classes."""
+    found = {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.ndim >= 2 and name not in TABLES
+    }
     if not found:
         raise VerifyError("the file holds no conv or linear weight; give a model's weights")
     return found

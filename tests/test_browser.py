@@ -45,6 +45,7 @@ def test_the_demo_from_the_button_to_the_comparison(tmp_path):
         page.get_by_alt_text(re.compile("16 samples at")).wait_for(timeout=15_000)
         page.get_by_test_id("stMain").get_by_role("link", name="Compare").click()
         finds_the_comparison(page)
+        exports_and_downloads(page, run, tmp_path)
         outside = [
             u for u in page.requested if not u.startswith(("data:", "blob:")) and urlparse(u).hostname != "127.0.0.1"
         ]
@@ -68,6 +69,23 @@ def sees_live_progress(page, run) -> None:
     assert chart.evaluate("node => node.marked === true"), "the chart was updated and not replaced"
     assert run.state().status == "running"
     assert progress.inner_text() != first, "steps, rate and time left move on"
+
+
+def exports_and_downloads(page, run, tmp_path) -> None:
+    """The Models page writes a packed file of the N:M variant, and the browser gets the very bytes."""
+    from prunedm import packed
+
+    page.get_by_role("link", name="Models").click()
+    page.get_by_text("Every N:M layer keeps its pattern").wait_for(timeout=30_000)
+    page.get_by_label("Format").click()
+    page.get_by_role("option", name="packed").click()
+    page.get_by_role("button", name="Export", exact=True).click()
+    with page.expect_download(timeout=60_000) as found:
+        page.get_by_role("button", name="Download").click(timeout=60_000)
+    path = tmp_path / "model.safetensors"
+    found.value.save_as(path)
+    assert path.read_bytes() == (run.exports / found.value.suggested_filename).read_bytes()
+    assert packed.manifest(path)["config"]["record"]["run"] == run.id
 
 
 def finds_the_comparison(page) -> None:
