@@ -19,7 +19,7 @@ SMOOTHING = 0.9
 NOISY = ("loss", "residual", "advantage", "grad_norm", "mask_grad_norm")
 LABELS = {
     "loss": "training loss",
-    "entropy": "entropy of a draw (bits)",
+    "entropy": "entropy of the kept set (bits)",
     "flips": "groups that differ from the initial mask",
     "tau": "temperature",
     "top_probability": "mean top probability",

@@ -16,7 +16,7 @@ from prunedm.store import MASK_LAYERS, Run, stage_step
 FIGURES = {
     "flips": "groups that differ from the initial mask",
     "moved": "groups that changed since the last snapshot",
-    "entropy": "entropy of a draw (bits)",
+    "entropy": "entropy of the kept set (bits)",
     "top_probability": "mean top probability",
     "position_balance": "position balance (1 is even)",
     "compliance": "compliance of the masks",

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import pattern
+from . import masks, pattern
 from .learn import OffsetMasks
 from .mask_methods import FixedMasks
 from .masked_unet import Bank, MaskedUNet
 
+LOOKED_AT, CHEAP_N = 256, 4  # groups of a layer whose entropy is computed, up to this N
 COLLAPSED = 1e-4  # share of groups that a sample still changes
 MOVERS = {"sr-ste": "raise train.lr", "offset": "raise mask.lr"}  # what moves the masks of these methods
 EARLY, MOVED_BY = 0.5, 0.25  # shares of the steps
@@ -27,14 +28,14 @@ class Watcher:
 
     @torch.no_grad()
     def figures(self) -> dict[str, float]:
-        """Over all layers: entropy of a draw (bits), mean top probability, flips of the choice against m0,
+        """Over all layers: entropy of the kept set (bits), mean top probability, flips of the choice against m0,
         and the share of groups in which the sample at hand differs from the choice."""
         chosen, banks, logits = self.learner.choice(), self.masked.banks, self.learner.logits()
         found = {
             "flips": _share(pattern.flipped(mask, bank.initial) for mask, bank in zip(chosen, banks)),
         }
         if logits:
-            found["entropy"] = _share(pattern.entropy(values) for values in logits)
+            found["entropy"] = _share(self._entropy(i, values) for i, values in enumerate(logits))
             found["top_probability"] = _share(pattern.probabilities(values).amax(-1) for values in logits)
             found["sample_flips"] = _share(pattern.flipped(mask, bank.mask) for mask, bank in zip(chosen, banks))
         return found
@@ -54,13 +55,28 @@ class Watcher:
             if self.previous is not None:
                 columns["moved"] = pattern.flipped(mask, self.previous[i])
             if logits:
-                columns["entropy"] = pattern.entropy(logits[i])
+                of = rows[self._looked_at(i)]
+                found.setdefault("entropy", []).extend(_means(self._entropy(i, logits[i]), of, len(bank.layers)))
                 columns["top_probability"] = pattern.probabilities(logits[i]).amax(-1)
             for name, values in columns.items():
                 found.setdefault(name, []).extend(_means(values, rows, len(bank.layers)))
             found.setdefault("position_balance", []).extend(_evenness(bank, mask, rows))
         self.previous = [mask.clone() for mask in chosen]
         return found
+
+    def _entropy(self, at: int, logits: Tensor) -> Tensor:
+        """Entropy of the groups that are looked at: all of them would cost as much as some steps."""
+        return masks.entropy(logits[self._looked_at(at)], self.masked.banks[at].n)
+
+    def _looked_at(self, at: int) -> Tensor:
+        """Evenly spaced groups of each layer of a bank: the cost of log P doubles with each N."""
+        bank = self.masked.banks[at]
+        most = max(1, LOOKED_AT >> max(0, bank.n - CHEAP_N))
+        spaced = [
+            torch.linspace(layer.start, layer.stop - 1, min(layer.stop - layer.start, most)).round().long()
+            for layer in bank.layers
+        ]
+        return torch.cat(spaced).to(bank.mask.device)
 
     def alerts(self, step: int, figures: dict[str, float]) -> Iterator[dict[str, str]]:
         """Alarms that these figures are a reason for, each once: what, text and remedy."""

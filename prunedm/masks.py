@@ -9,6 +9,7 @@ every sample is exactly N:M (MaskPro, arXiv 2506.12876; MaskLLM, arXiv 2409.1748
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from . import pattern
 
+ENUMERATED = 28  # sets, up to which an entropy is summed over all of them: C(8, 2)
 EXACT_ORDERS = 24  # reinforce uses the set's gradient up to so many orders of drawing, N!
 SMALLEST_UNIFORM = 2.0**-25  # half the smallest step of a float32 uniform
 
@@ -53,6 +55,26 @@ def log_prob(logits: Tensor, mask: Tensor) -> Tensor:
     """
     kept, rest = _kept_first(logits, mask)
     return _reach(kept, rest)[-1]
+
+
+@torch.no_grad()
+def entropy(logits: Tensor, n: int) -> Tensor:
+    """Entropy in bits of the kept set of each group, ``[G]``: 0 to log2 C(M, N).
+
+    Summed over all sets where there are at most ENUMERATED; else -log2 P of one drawn set a group, whose mean
+    over many groups is as good (its expectation is the entropy). The same logits give the same figure.
+    """
+    m = logits.shape[1]
+    if math.comb(m, n) > ENUMERATED:
+        drawn = sample_masks(logits, n, torch.Generator().manual_seed(0))
+        return log_prob(logits, drawn) / -math.log(2)
+    total = torch.zeros_like(logits[:, 0])
+    for kept in itertools.combinations(range(m), n):
+        mask = torch.zeros_like(logits)
+        mask[:, list(kept)] = 1
+        log_p = log_prob(logits, mask)
+        total -= log_p.exp() * log_p / math.log(2)
+    return total
 
 
 def score(logits: Tensor, mask: Tensor) -> Tensor:

@@ -109,10 +109,9 @@ def position_balance(mask: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy in bits of ``softmax(logits)`` of each group, ``[G]``: 0 to log2 M.
+    """Entropy in bits of ``softmax(logits)`` of each group, ``[G]``: 0 to log2 M, that of the first draw.
 
-    The entropy of one draw; that of the whole set of N (0 to log2 C(M, N)) has no cheap closed form
-    and moves with it.
+    Cheap enough for each step; that of the kept set, which moves with it, is :func:`prunedm.masks.entropy`.
     """
     p = probabilities(logits)
     return total(p * p.clamp(min=1e-12).log()) * (-1 / math.log(2))

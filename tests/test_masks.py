@@ -118,6 +118,25 @@ def test_the_ordered_score_is_unbiased_where_the_set_has_too_many_orders():
     assert ((same.mean(0) - wanted).abs() < 5 * same.std(0) / math.sqrt(len(same)) + 1e-6).all()
 
 
+@pytest.mark.parametrize(("n", "m"), [pair for pair in PATTERNS if math.comb(*pair[::-1]) <= masks.ENUMERATED])
+def test_the_entropy_of_the_kept_set_against_brute_force(n, m):
+    torch.manual_seed(n)
+    logits = torch.randn(3, m, dtype=torch.float64)
+    for row, found in zip(logits, masks.entropy(logits, n)):
+        p = [brute_force_probability(row.softmax(-1).tolist(), s) for s in itertools.combinations(range(m), n)]
+        assert found.item() == pytest.approx(-sum(x * math.log2(x) for x in p), abs=1e-9)
+    even = masks.entropy(torch.zeros(1, m, dtype=torch.float64), n).item()
+    assert even == pytest.approx(math.log2(math.comb(m, n)), abs=1e-9)
+
+
+def test_the_entropy_of_many_sets_is_estimated_without_bias(monkeypatch):
+    logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(4)).expand(20_000, 8)
+    found = masks.entropy(logits, 4)
+    monkeypatch.setattr(masks, "ENUMERATED", 70)
+    wanted = masks.entropy(logits[:1], 4).item()
+    assert abs(found.mean().item() - wanted) < 5 * found.std().item() / math.sqrt(len(found))
+
+
 @pytest.mark.parametrize(("n", "m"), [*PATTERNS, (7, 16)])
 def test_confidence_meets_its_flip_budget_exactly(n, m):
     mask = torch.zeros(1, m, dtype=torch.float64)
