@@ -12,7 +12,7 @@ ORDER = [  # a module may import those above it only
     "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots",
     "pictures", "pattern", "packed",
     "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
-    "channel_groups", "channel_scores", "latency", "uniform", "structured",
+    "channel_groups", "channel_scores", "latency", "uniform", "sizing", "structured",
     "importance", "mask_methods", "reinforce", "learn",
     "diagnostics", "allocate", "metrics", "environment", "evaluate", "report", "model_card", "inputs", "mask_stage",
     "stages", "pipeline", "pretrain", "jobs",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_unet
 
-from prunedm import masked_unet, structured
+from prunedm import masked_unet, sizing, structured
 from prunedm import unet as unets
 from prunedm.channel_groups import channel_groups
 from prunedm.channel_scores import scoring
@@ -69,12 +69,12 @@ def test_the_predicted_parameters_and_macs_are_the_true_ones(changes):
     unet = make_unet(**changes)
     before = unets.parameters(unet)
     _, groups = channels(unet)
-    positions, macs = structured.layer_positions(unet), unets.macs(unet)
-    widths = structured.choose_widths(
-        groups, structured.plan(groups, "local"), lambda w: structured.removed_parameters(groups, w) / before, 0.4
+    positions, macs = sizing.layer_positions(unet), unets.macs(unet)
+    widths = sizing.choose_widths(
+        groups, sizing.plan(groups, "local"), lambda w: sizing.removed_parameters(groups, w) / before, 0.4
     )
-    predicted = before - structured.removed_parameters(groups, widths)
-    predicted_macs = macs - structured.removed_macs(unet, groups, widths, positions)
+    predicted = before - sizing.removed_parameters(groups, widths)
+    predicted_macs = macs - sizing.removed_macs(unet, groups, widths, positions)
     report = cut(unet)[1]
     assert report.parameters_after == predicted < before
     assert report.macs_after == predicted_macs < macs
@@ -275,7 +275,7 @@ def test_shrunk_has_the_shapes_of_the_cut():
     unet = make_unet()
     graph, groups = channels(unet)
     widths = [group.width_at(0.5) for group in groups]
-    trial = structured.shrunk(unet, groups, widths)
+    trial = sizing.shrunk(unet, groups, widths)
     structured.cut(unet, graph, groups, widths)
     assert {n: p.shape for n, p in trial.named_parameters()} == {n: p.shape for n, p in unet.named_parameters()}
     assert call(trial).isfinite().all()
@@ -308,7 +308,7 @@ def test_channels_of_different_groups_compete(ranking):
         group.scores = torch.full_like(group.scores, 1.0) + torch.linspace(0, 0.1, group.width)
     strong = next(g for g in groups if g.layer == "mid_block.resnets.0.conv1")
     strong.scores = strong.scores + 10
-    widths = structured.plan(groups, ranking)(0.5)
+    widths = sizing.plan(groups, ranking)(0.5)
     assert widths[groups.index(strong)] == strong.width
     if ranking == "isomorphic":  # another kind of group is cut by half all the same
         other = next(g for g in groups if g.kind != strong.kind)
