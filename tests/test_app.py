@@ -407,3 +407,17 @@ def test_a_folder_is_exported_with_its_archive(with_done):
     assert path.is_dir() and "model_index.json" in zipfile.ZipFile(exports.archive(path)).namelist()
     exports.delete(path)
     assert not path.exists() and not exports.archive(path).exists()
+
+
+def test_a_reinforce_run_draws_the_tracker_of_each_timestep_bin(runs, micro):
+    from app import charts
+    from prunedm.diffusion import TIMESTEP_BINS
+
+    run = store.create(runs, micro(mask={"method": "reinforce", "steps": 4}, prune={"target": 0}, eval={"images": 2}))
+    assert pipeline.execute(run) == "done"
+    figure = charts.tracker_by_bin(run.metrics(), 1000, run.id)
+    assert len(figure["data"]) == TIMESTEP_BINS
+    recorded = [r for r in run.metrics() if r["stage"] == "mask"]
+    for b, trace in enumerate(figure["data"]):
+        assert trace["x"] == [1, 2, 3, 4] and trace["y"] == [r[f"tracker.{b}"] for r in recorded]
+    open_page("monitor", run=run.id)
