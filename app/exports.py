@@ -55,8 +55,10 @@ class Exports:
             semi_structured.require_cuda()
         path = run.exports / file_name(run.id, variant, kind, dtype, int8)
         with self._lock:
-            if path.exists() or (path in self._tasks and not self._tasks[path].future.done()):
+            busy = path in self._tasks and not self._tasks[path].future.done()
+            if busy or path in finished(run):
                 raise ValueError(f"{path.name} is already there; delete it first")
+            delete(path)  # what a server that was killed left half done
             task = Task(path, self._pool.submit(_work, run, variant, kind, dtype, int8, path))
             self._tasks[path] = task
         return task
@@ -73,7 +75,8 @@ def _work(run: Run, variant: str, kind: str, dtype: str, int8: str, path: Path) 
     source = export.find(run.id, variant, run.folder.parent, verify.parse(READ_AS))
     record = export.write(source, kind, path, dtype, int8)
     if path.is_dir():
-        shutil.make_archive(str(path), "zip", path)
+        part = shutil.make_archive(str(path.with_name(f".{path.name}.part")), "zip", path.parent, path.name)
+        Path(part).replace(archive(path))
     return record
 
 
@@ -85,10 +88,17 @@ def file_name(run_id: str, variant: str, kind: str, dtype: str, int8: str) -> st
 
 
 def finished(run: Run) -> list[Path]:
-    """What lies ready: files, and folders that are complete (their archive is written last)."""
+    """What lies ready. What is written last tells: a folder's archive, the record or script of an ONNX file."""
     found = sorted(run.exports.iterdir()) if run.exports.is_dir() else []
-    models = (".safetensors", ".onnx")
-    return [p for p in found if p.suffix in models or (p.is_dir() and archive(p).is_file())]
+    return [path for path in found if not path.name.startswith(".") and _complete(path)]
+
+
+def _complete(path: Path) -> bool:
+    if path.is_dir():
+        return archive(path).is_file()
+    if path.suffix == ".onnx":
+        return path.with_suffix(".sh" if "-tensorrt-" in path.name else ".json").is_file()
+    return path.suffix == ".safetensors"
 
 
 def archive(path: Path) -> Path:
@@ -107,6 +117,7 @@ def delete(path: Path) -> None:
     for other in belonging(path):
         other.unlink(missing_ok=True)
     if path.is_dir():
+        archive(path).unlink(missing_ok=True)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

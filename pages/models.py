@@ -76,7 +76,7 @@ def export(run: Run, variant: str) -> None:
                 st.error(f"{parts.plain(task.path.name)}: {parts.plain(task.error)}")
             else:
                 st.info(f"Writing {parts.plain(task.path.name)}: {parts.duration(task.seconds)}")
-        ready(run, [task.path for task in tasks])
+        ready(run, [task.path for task in tasks if not task.future.done()])
 
     listing()
 

@@ -21,12 +21,13 @@ EVALUATIONS = ASSETS / "dense-evaluations.json"
 def settings_key(settings: Eval) -> str:
     """What quality figures depend on, as a name for the shipped ones."""
     s = settings
-    return f"{s.images}-{s.sampler}-{s.steps}-{s.extractor}-{s.seed}"
+    return f"{s.images}-{s.sampler}-{s.steps}-{s.extractor}-{s.seed}" + (f"-eta{s.eta}" if s.eta else "")
 
 
 def sheet(settings: Eval) -> Path:
     """The dense model's sample sheet for these settings."""
-    return ASSETS / f"dense-samples-{settings.sampler}-{settings.steps}-{settings.seed}.png"
+    eta = f"-eta{settings.eta}" if settings.eta else ""
+    return ASSETS / f"dense-samples-{settings.sampler}-{settings.steps}-{settings.seed}{eta}.png"
 
 
 def evaluation(settings: Eval) -> dict[str, Any] | None:

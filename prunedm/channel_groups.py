@@ -123,7 +123,10 @@ def _ratio(members: list[str], ratios: Ratios) -> float | None:
 def _checked(scores: Tensor, layer: str) -> Tensor:
     scores = scores.detach().float().cpu()
     if not scores.isfinite().all():
-        raise ValueError(f"the channel scores of {layer} are not finite; set prune.normalizer to none")
+        raise ValueError(
+            f"the channel scores of {layer} are not finite: its weights or gradients are zero or no numbers; "
+            "use prune.method=magnitude"
+        )
     return scores
 
 
@@ -160,7 +163,7 @@ def _constraints(unet, group, width: int, multiple: int, heads: dict) -> tuple[i
     step = math.lcm(multiple, *norms)
     root = group[0].dep.target.module
     attention = heads.get(root)
-    if attention is not None and attention.heads > 1:
+    if attention is not None and unet.config.attention_head_dim:
         return math.lcm(step, head_size(unet, attention)), attention.heads, True
     # Norms over a concatenation see this group at an offset; equal parts suit all of them best.
     blocks = max(norms, default=1)

@@ -48,7 +48,8 @@ def quality(
     loss = diffusion.validation_loss(lambda x, t: model(x, t).sample, batches)
     yield {}
     seeds = image_seeds(settings.seed, settings.images)
-    stream = diffusion.sample_stream(model, scheduler, seeds, settings.sampler, settings.steps, SAMPLE_BATCH)
+    how = (settings.sampler, settings.steps, SAMPLE_BATCH, settings.eta)
+    stream = diffusion.sample_stream(model, scheduler, seeds, *how)
     features, shown = [], []
     for batch in stream:
         features.append(metrics.extract([batch], str(device)))
@@ -56,6 +57,8 @@ def quality(
             shown.append(batch)
         yield {}
     info = info | {"sampler": settings.sampler, "steps": settings.steps, "seed": settings.seed}
+    if settings.eta:
+        info["eta"] = settings.eta
     write_atomic(sheet, pictures.sheet_png(torch.cat(shown)[:SHEET], info))
     reference = metrics.reference_statistics(images.train, images.is_bundled, str(device))
     yield {

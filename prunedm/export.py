@@ -112,14 +112,21 @@ def _of_run(run: store.Run, variant: str | None) -> Source:
 def _of_folder(source: str) -> Source:
     model = unet.load(source)
     folder = bundled.MODEL if source == bundled.NAME else Path(source).expanduser()
+    if folder.is_file():
+        found = packed.manifest(folder)
+        patterns = {n.removesuffix(".weight"): e["pattern"] for n, e in found["tensors"].items() if "pattern" in e}
+        known = found["config"].get("record")
+        return Source(model, source, known if isinstance(known, dict) else {}, patterns)
     record = folder / VARIANT_RECORD
     known = store.read_json(record) if record.is_file() else {}
     if not isinstance(known, dict):
         raise ExportError(f"{record} holds no JSON object; delete it or restore the model")
-    known.pop("export", None)  # an earlier export's own entry
+    earlier = known.pop("export", None)  # the entry of the export that made this folder
+    claimed = earlier.get("patterns") if isinstance(earlier, dict) else None
     masks = folder / MASKS
     base = source if source == bundled.NAME or not folder.is_dir() else None
-    return Source(model, source, known, masks=masks if masks.is_file() else None, base=base)
+    patterns = verify.checked_claims(claimed, record)
+    return Source(model, source, known, patterns, masks if masks.is_file() else None, base)
 
 
 def _take_patterns(found: Source, read_as: Pattern) -> None:
@@ -128,7 +135,7 @@ def _take_patterns(found: Source, read_as: Pattern) -> None:
         maskfile.read(found.masks)  # torn or altered: refused here
         layers = maskfile.manifest(found.masks)["layers"]
         found.patterns = {name: layer["pattern"] for name, layer in layers.items()}
-    else:
+    elif not found.patterns:
         found.patterns = {name: str(read_as) for name, weight in weights.items() if keeps(weight, read_as)}
     broken = verify.broken_claims(weights, found.patterns)
     if broken:
@@ -172,6 +179,7 @@ def write(source: Source, kind: str, out: Path, dtype: str, int8: str = "none") 
 def _staged(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when all went well, and is removed when not."""
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed and had this number
     part.mkdir()
     try:
         yield part

@@ -134,7 +134,7 @@ def _figures(results: dict[str, dict[str, Any]]) -> str:
 
 def _loading(name: str, dtype: str, plain: bool) -> str:
     kind = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[dtype]
-    how, extra = ("DDPMPipeline", "") if plain else ("DiffusionPipeline", ", trust_remote_code=True")
+    how, extra = "DiffusionPipeline", "" if plain else ", trust_remote_code=True"
     why = "" if plain else (
         "\n\nIts layers have widths of their own, which `config.json` cannot say: `unet/pruned_unet.py` reads them "
         "from the safetensors file, and `trust_remote_code=True` lets diffusers use it. It is short: read it first."

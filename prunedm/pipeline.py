@@ -94,7 +94,7 @@ def plain_words(error: BaseException) -> str:
     """A failure in one line."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return f"out of memory; halve data.batch_size ({text[:120]})"
+        return f"out of memory; halve data.batch_size (calibrating: prune.calibration_images) ({text[:120]})"
     if isinstance(error, OSError) and error.errno == 28:
         return "the disk is full; free some space and resume"
     known = isinstance(error, ValueError | ArithmeticError)

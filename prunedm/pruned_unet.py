@@ -80,10 +80,11 @@ def sync_attributes(unet: nn.Module) -> None:
             for sampler in (module.upsample, module.downsample):
                 if hasattr(sampler, "channels") and not isinstance(sampler.conv, nn.Conv2d):
                     sampler.channels = sampler.out_channels = module.norm1.num_channels
-        elif kind == "Attention" and module.heads > 1:
-            # Whole heads are pruned (structured.py), so the size of a head never changes.
+        elif kind == "Attention":
+            # Whole heads are pruned where the config says how large one is, else the one head is narrowed.
             module.heads = module.to_q.out_features // head_size(unet, module)
             module.sliceable_head_dim = module.heads
+            module.scale = head_size(unet, module) ** -0.5  # some attention processors read it, others compute it
 
 
 def attentions(unet: nn.Module) -> list[nn.Module]:
@@ -92,6 +93,5 @@ def attentions(unet: nn.Module) -> list[nn.Module]:
 
 
 def head_size(unet: nn.Module, attention: nn.Module) -> int:
-    """Channels of one attention head as the model's config says; the whole width for one head."""
-    declared = unet.config.attention_head_dim
-    return declared if attention.heads > 1 and declared else attention.to_q.out_features
+    """Channels of one attention head as the model's config says; the whole width where it says nothing."""
+    return unet.config.attention_head_dim or attention.to_q.out_features

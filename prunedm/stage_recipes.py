@@ -97,7 +97,7 @@ class Prune(Section):
     loss_threshold: float = Field(
         0.05,
         ge=0,
-        le=1,
+        lt=1,
         description="diff-pruning: timesteps whose loss is below this share of the largest are left out",
     )
     calibration_images: int = Field(32, ge=1, le=4096, description="images in a calibration batch")

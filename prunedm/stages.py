@@ -114,8 +114,9 @@ class Pipeline:
     def _cut(self, number: int) -> None:
         """The cut of this round (from 1), to its share of the target."""
         spec = self.recipe.prune
-        wanted = spec.model_copy(update={"target": spec.target * number / spec.rounds})
-        dense = structured.Dense.of(unet.load_unet(self.run.variant("dense") / "unet"), spec)
+        wanted = structured.round_of(spec, number)
+        whole = unet.load_unet(self.run.variant("dense") / "unet")
+        dense = structured.Dense.of(whole, spec, rounding(self.recipe), self.device)
         steps = self.model.scheduler.config.num_train_timesteps
         task = self._task() if spec.method in CALIBRATED else None
         pruned, found = structured.prune(
@@ -123,12 +124,12 @@ class Pipeline:
         )
         self.model.unet = pruned
         record = found.as_dict() | {"round": number, "rounds": spec.rounds}
-        self.run.event("pruned", report=record)
-        if found.reason:
-            self.run.log(f"prune.target={wanted.target:.3g} of {spec.of} not met: {found.reason}")
         config = {key: value for key, value in pruned.config.items() if not key.startswith("_")}
         self.run.save_checkpoint("pruned", pruned.state_dict(), record | {"config": config})
         self.run.drop_checkpoint("prune")
+        self.run.event("pruned", report=record)
+        if found.reason:
+            self.run.log(f"prune.target={wanted.target:.3g} of {spec.of} not met: {found.reason}")
         self._draw("prune", number if spec.rounds == 1 else (number - 1) * spec.round_steps, pruned)
 
     def _train_between(self, number: int, of: int) -> Iterator[Step]:

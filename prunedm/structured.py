@@ -30,6 +30,7 @@ from .training import Task
 from .unet import macs, parameters
 
 TOLERANCE = 0.02  # a reduction this far from its target is said to be missed
+CPU = torch.device("cpu")
 TENSOR_CORE = 16  # channels: the rule of NVIDIA's ASP (arXiv 2104.08378) for sparse tensor cores
 
 
@@ -62,11 +63,18 @@ class Dense:
 
     parameters: int
     macs: int
+    eligibility: dict[str, int]
     unet: nn.Module | None
+    device: torch.device  # where a latency is measured
 
     @classmethod
-    def of(cls, unet: nn.Module, spec: Prune) -> Dense:
-        return cls(parameters(unet), macs(unet), copy.deepcopy(unet) if spec.of == "latency" else None)
+    def of(cls, unet: nn.Module, spec: Prune, m: int, device: torch.device = CPU) -> Dense:
+        kept = copy.deepcopy(unet).to(device) if spec.of == "latency" else None
+        return cls(parameters(unet), macs(unet), eligibility(unet, m), kept, device)
+
+    def times(self, unet: nn.Module) -> dict[str, Any]:
+        """Measured times of another UNet against this one; it is moved to the device and stays there."""
+        return latency.compare(self.unet, unet.to(self.device))
 
 
 def prune(
@@ -85,7 +93,7 @@ def prune(
     them. dense: what the target is a share of, where ``unet`` has been pruned before. ValueError when the
     recipe cannot be met on this model at all.
     """
-    dense = dense or Dense.of(unet, spec)
+    dense = dense or Dense.of(unet, spec, m)
     graph, groups = _groups(unet, spec, m, seed, task)
     units = uniform.units(unet, groups, train_timesteps) if spec.layout == "uniform" else None
     measure = _measure(spec, unet, dense, groups, train_timesteps)
@@ -100,15 +108,25 @@ def prune(
     )
     # What the narrowest widths would reach; groups describe the uncut model, so it is asked before the cut.
     most = 1.0 if spec.of == "latency" else measure(plan(groups, "local")(1.0))
-    before = eligibility(unet, m)
     cut(unet, graph, groups, widths)
     details: dict[str, Any] = {}
     if spec.layout == "uniform":
         unet, details["time_embedding_residual"] = uniform.rebuild(unet, train_timesteps)
         details["block_out_channels"] = list(unet.config.block_out_channels)
     return unet, _report(
-        spec, unet, dense, groups, widths, most, details, {"before": before, "after": eligibility(unet, m)}
+        spec, unet, dense, groups, widths, most, details, {"before": dense.eligibility, "after": eligibility(unet, m)}
     )
+
+
+def round_of(spec: Prune, number: int) -> Prune:
+    """The recipe of one round (from 1): its part of the target, and of each layer's ratio, which is a share of
+    what the round before has left."""
+
+    def part(ratio: float) -> float:
+        return 1 - (1 - ratio * number / spec.rounds) / (1 - ratio * (number - 1) / spec.rounds)
+
+    layers = [layer.model_copy(update={"ratio": part(layer.ratio)}) for layer in spec.layers]
+    return spec.model_copy(update={"target": spec.target * number / spec.rounds, "layers": layers})
 
 
 def check(unet: nn.Module, spec: Prune, m: int, train_timesteps: int) -> None:
@@ -131,8 +149,9 @@ def cut(unet: nn.Module, graph: Any, groups: list[ChannelGroup], widths: Widths)
         if width < group.width:
             graph.get_pruning_group(group.root, group.prune_fn, group.dropped(width)).prune()
     sync_attributes(unet)
-    for attention, size in query_sizes.items():
-        _keep_attention_scale(attention, size)
+    if not unet.config.attention_head_dim:
+        for attention, size in query_sizes.items():
+            _keep_attention_scale(attention, size)
 
 
 def eligibility(unet: nn.Module, m: int) -> dict[str, int]:
@@ -148,7 +167,7 @@ def _measure(
 ) -> Callable[[Widths], float]:
     """Widths -> the reduction that the target speaks of, as a share of the dense model's."""
     if spec.of == "latency":
-        return lambda widths: 1 - latency.compare(dense.unet, shrunk(unet, groups, widths))["ratio"]
+        return lambda widths: 1 - dense.times(shrunk(unet, groups, widths))["ratio"]
     if spec.of == "macs":
         whole, now, positions = dense.macs, macs(unet), layer_positions(unet)
         return lambda widths: 1 - (now - removed_macs(unet, groups, widths, positions)) / whole
@@ -170,10 +189,10 @@ def _measure(
 def _keep_attention_scale(attention: nn.Module, size_before: int) -> None:
     """diffusers scales by 1/sqrt(head size) of the pruned layer: put the difference into ``to_q``.
 
-    Whole heads keep their size; only single-head attention is narrowed.
+    For the one head of a model whose config names no head size; whole heads keep theirs.
     """
     size = attention.to_q.out_features
-    if attention.heads > 1 or size == size_before:
+    if size == size_before:
         return
     factor = math.sqrt(size / size_before)
     attention.to_q.weight.mul_(factor)
@@ -194,7 +213,7 @@ def _report(
     after, macs_after = parameters(unet), macs(unet)
     reduction = 1 - after / dense.parameters
     if spec.of == "latency":
-        times = latency.compare(dense.unet, unet)
+        times = dense.times(copy.deepcopy(unet))
         details["latency"] = times
         achieved = 1 - times["ratio"]
     else:
@@ -216,8 +235,10 @@ def _missed(spec: Prune, groups: list[ChannelGroup], most: float, achieved: floa
     if spec.of == "latency":
         return f"measured times spread, and widths move in steps; {achieved:.1%} is what was reached"
     open_groups = [g for g in groups if g.ratio is None]
-    if spec.target > most and open_groups:
+    if not open_groups:
+        return "no channel group may be narrowed: GroupNorm, heads, N:M or prune.layers hold all of them"
+    if spec.target > most:
         least = min(g.least for g in open_groups)
-        return f"at most {most:.1%} of the {spec.of} can go: each width must keep {least} channels"
+        return f"at most {max(0.0, most):.1%} of the {spec.of} can go: each width must keep {least} channels"
     steps = sorted({g.step for g in groups})
     return f"widths move in multiples of {steps} (GroupNorm, heads, N:M); {achieved:.1%} is nearest"

@@ -57,9 +57,26 @@ def load(source: str) -> Diffusion:
         folder = _download(source)
     if folder.is_file():
         return load_packed(folder)
+    _require_pixels(folder)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     unet = load_unet(unet_folder)
     return Diffusion(unet, _load_scheduler(folder))
+
+
+def _require_pixels(folder: Path) -> None:
+    """ModelError for a pipeline with parts beside the UNet and its scheduler, such as an autoencoder."""
+    path = folder / INDEX
+    if not path.is_file():
+        return
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        others = [key for key in index if key[0] != "_" and key not in ("unet", "scheduler")]
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        raise ModelError(f"{path} cannot be read ({_line(error)}); restore it or give the unet folder") from error
+    if others:
+        raise ModelError(
+            f"model folder {folder} has a {others[0]} beside its UNet; only pipelines that work on pixels are supported"
+        )
 
 
 def load_unet(folder: Path) -> nn.Module:
@@ -76,6 +93,16 @@ def load_unet(folder: Path) -> nn.Module:
         raise ModelError(f"model folder {folder} holds a {kind}; only UNet2DModel is supported")
     if config.get("class_embed_type") or config.get("num_class_embeds"):
         raise ModelError(f"model folder {folder} is class-conditional; only unconditional UNets are supported")
+    if config.get("out_channels", 3) != config.get("in_channels", 3):
+        raise ModelError(
+            f"model folder {folder} puts out {config.get('out_channels')} channels for {config.get('in_channels')}: "
+            "models that learn the variance are not supported"
+        )
+    if config.get("time_embedding_type") == "fourier":
+        raise ModelError(
+            f"model folder {folder} embeds noise levels (time_embedding_type fourier); only models of timesteps "
+            "(DDPM, DDIM) are supported"
+        )
     if config.get("sample_size") is None:
         raise ModelError(f"model folder {folder}: config.json has no sample_size; write the image side there")
     tensors = read_weights(folder)
@@ -207,7 +234,7 @@ def _download(source: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", f"*{WEIGHTS}"]))
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*diffusion_pytorch_model*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model.source={source} is no folder here and the hub did not give it "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .channel_groups import ChannelGroup
 from .unet import image_shape
 
-RESIDUAL = 1e-6  # relative residual that the cut table may leave
+RESIDUAL = 1e-5  # relative residual that the cut table may leave
 SAME_OUTPUT = 1e-3  # largest difference that rebuilding may make to a unit output
 
 
@@ -28,7 +28,7 @@ def units(unet: nn.Module, groups: list[ChannelGroup], train_timesteps: int) -> 
     Levels that share a residual stream (equal widths, no shortcut between them) are one unit. ValueError
     when the model's layers do not have the widths that its config says, or its embeddings are of another kind.
     """
-    _require_plain(unet)
+    _require_plain(unet, train_timesteps)
     widths = list(unet.config.block_out_channels)
     joined = list(range(len(widths)))
     for group in groups:
@@ -47,10 +47,23 @@ def units(unet: nn.Module, groups: list[ChannelGroup], train_timesteps: int) -> 
         members = [group for group, of in zip(groups, found) if of == unit]
         step = math.lcm(*(group.step for group in members))
         needed = least if unit == joined[0] else 0
+        held = any(joined[level] == unit for level in _held_levels(unet, groups))
         for group in members:
             group.step = step
-            group.least = min(group.width, max(step, math.ceil(needed / step) * step))
+            narrowest = max(step, math.ceil(needed / step) * step)
+            group.least = group.width if held else min(group.width, narrowest)
     return found
+
+
+def _held_levels(unet: nn.Module, groups: list[ChannelGroup]) -> set[int]:
+    """Levels with a layer whose outputs are in no group, because their width allows no step: they stay."""
+    moving = {name for group in groups for name in group.members}
+    fixed = ("conv_out", "time_embedding.")
+    return {
+        level_of(name, len(unet.config.block_out_channels))
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and name not in moving and not name.startswith(fixed)
+    }
 
 
 def level_of(name: str, levels: int) -> int:
@@ -96,7 +109,8 @@ def least_width(unet: nn.Module, train_timesteps: int) -> int:
 
 def added_parameters(unet: nn.Module, groups: list[ChannelGroup], widths: list[int], train_timesteps: int) -> int:
     """What the table costs, less what linear_1 loses, at these widths."""
-    width = next(w for g, w in zip(groups, widths) if level_of(g.members[0], len(unet.config.block_out_channels)) == 0)
+    levels = unet.config.block_out_channels
+    width = next((w for g, w in zip(groups, widths) if level_of(g.members[0], len(levels)) == 0), levels[0])
     linear = unet.time_embedding.linear_1
     table = unet.time_proj.weight.numel() if isinstance(unet.time_proj, nn.Embedding) else 0
     return train_timesteps * width - table - linear.out_features * (linear.in_features - width)
@@ -127,7 +141,11 @@ def rebuild(unet: nn.Module, train_timesteps: int) -> tuple[nn.Module, float]:
     tensors.pop("time_proj.weight", None)
     tensors["time_embedding.linear_1.weight"] = (v[:keep].T * root).to(linear.weight)
     tensors["time_proj.weight"] = (u[:, :keep] * root).to(linear.weight)
-    found.load_state_dict(tensors)
+    try:
+        found.load_state_dict(tensors)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:160]
+        raise ValueError(f"layout=uniform does not fit this model ({line}); use layout=free") from error
     _require_same(unet, found)
     return found, (s[keep:].norm() / s.norm()).item()
 
@@ -136,16 +154,22 @@ def _level_width(block: nn.Module) -> int:
     return block.resnets[0].conv2.out_channels
 
 
-def _require_plain(unet: nn.Module) -> None:
+def _require_plain(unet: nn.Module, train_timesteps: int) -> None:
     kind = unet.config.time_embedding_type
     if kind not in ("positional", "learned") or unet.class_embedding is not None:
         what = "class embeddings" if unet.class_embedding is not None else f"a {kind} time embedding"
         raise ValueError(f"layout=uniform rebuilds a table over timesteps and this model has {what}; use layout=free")
+    if kind == "learned" and unet.time_proj.num_embeddings < train_timesteps:
+        raise ValueError(
+            f"layout=uniform: the model's table has {unet.time_proj.num_embeddings} timesteps and its scheduler "
+            f"{train_timesteps}; save it with the scheduler it was trained with"
+        )
 
 
 def _require_same(before: nn.Module, after: nn.Module) -> None:
     x = torch.randn(2, *image_shape(before), generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([1, 700])
+    last = after.config.num_train_timesteps - 1
+    t = torch.tensor([min(1, last), int(0.7 * last)])
     a, b = before(x, t).sample, after(x, t).sample
     difference = ((a - b).abs().max() / a.abs().max().clamp(min=1e-12)).item()
     if difference > SAME_OUTPUT:

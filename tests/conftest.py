@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,12 @@ def make_unet(**changes):
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     }  # fmt: skip
     return UNet2DModel(**(config | changes)).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory) -> None:
+    """Reference statistics of the tests' images go into a folder of their own."""
+    os.environ["PRUNEDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

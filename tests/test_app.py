@@ -421,3 +421,17 @@ def test_a_reinforce_run_draws_the_tracker_of_each_timestep_bin(runs, micro):
     for b, trace in enumerate(figure["data"]):
         assert trace["x"] == [1, 2, 3, 4] and trace["y"] == [r[f"tracker.{b}"] for r in recorded]
     open_page("monitor", run=run.id)
+
+
+def test_what_a_killed_server_left_half_exported_is_made_again(with_done):
+    from app import exports
+
+    path = with_done.exports / exports.file_name(with_done.id, "structured", "diffusers", "fp16", "none")
+    path.mkdir(parents=True)
+    (path / "torn").write_text("x")
+    path.with_name(f".{path.name}.part.zip").write_bytes(b"torn")
+    onnx = with_done.exports / exports.file_name(with_done.id, "nm", "onnx", "fp32", "none")
+    onnx.write_bytes(b"torn")
+    assert exports.finished(with_done) == []
+    exports.Exports().start(with_done, "structured", "diffusers", "fp16", "none").future.result(60)
+    assert exports.finished(with_done) == [path] and not (path / "torn").exists()

@@ -163,7 +163,9 @@ def test_scores_that_are_no_numbers_and_missing_images_are_refused(task):
     unet = make_unet()
     with torch.no_grad():
         unet.get_submodule(LAYER).weight[0] = float("nan")
-    with pytest.raises(ValueError, match=r"channel scores of .* are not finite"):
+    with pytest.raises(
+        ValueError, match=r"channel scores of .* are not finite: its weights or gradients are zero or no numbers"
+    ):
         scores(unet, None, method="magnitude")
     with pytest.raises(ValueError, match=r"prune\.method=taylor looks at images and none are given"):
         scores(make_unet(), None, method="taylor")

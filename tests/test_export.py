@@ -134,7 +134,7 @@ def test_the_card_tells_lineage_sizes_loading_and_limits(folder, source, runs):
     assert runs[1] in card and "gumbel" in card and "buys size, not time" in card and "licence" in card
     model = source.model.unet
     assert f"{unet.parameters(model):,}" in card and f"{unet.nonzero_parameters(model):,}" in card
-    assert "DDPMPipeline.from_pretrained" in card and "trust_remote_code" not in card
+    assert "DiffusionPipeline.from_pretrained" in card and "trust_remote_code" not in card
     loaded = DDPMPipeline.from_pretrained(folder, torch_dtype=torch.float16).unet
     assert torch.equal(loaded.conv_in.weight, model.conv_in.weight.half())
 
@@ -577,3 +577,16 @@ def test_onnx_by_the_command_line_tells_what_was_measured(runs, tmp_path, capsys
 def test_patterns_of_the_fixture_are_what_the_tests_take_them_for(source):
     assert {parse_pattern(text) for text in source.patterns.values()} == {Pattern(2, 4), Pattern(1, 4)}
     assert source.patterns[LINEAR] == "2:4"
+
+
+def test_claims_survive_every_way_through_our_own_exports(tmp_path):
+    """4:8 weights: folder -> packed -> folder -> packed keeps pattern and record."""
+    masked = MaskedUNet(make_unet(), 4, 8)
+    unet.save(masked.bake(), DDPMScheduler(), tmp_path / "a", {"run": "r", "variant": "nm"})
+    found = export.find(str(tmp_path / "a"), None, tmp_path, verify.parse("4:8"))
+    assert found.patterns and set(found.patterns.values()) == {"4:8"}
+    source = found
+    for kind, name in (("packed", "b.safetensors"), ("diffusers", "c"), ("packed", "d.safetensors")):
+        export.write(source, kind, tmp_path / name, "fp32")
+        source = export.find(str(tmp_path / name), None, tmp_path, verify.parse("2:4"))
+        assert source.patterns == found.patterns and source.record["run"] == "r"

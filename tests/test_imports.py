@@ -12,10 +12,10 @@ ORDER = [  # a module may import those above it only
     "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots",
     "pictures", "pattern", "packed",
     "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
-    "channel_groups", "channel_scores", "latency", "uniform", "sizing", "structured",
+    "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
     "importance", "mask_methods", "reinforce", "learn",
-    "diagnostics", "allocate", "metrics", "environment", "evaluate", "report", "model_card", "inputs", "mask_stage",
-    "stages", "pipeline", "pretrain", "jobs",
+    "diagnostics", "allocate", "extractors", "metrics", "faithfulness", "environment", "evaluate", "report",
+    "model_card", "inputs", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
     "onnx_graph", "onnx_int8", "onnx_export", "semi_structured", "verify", "export",
     "mask_commands", "pretrain_command", "export_commands", "__main__",
 ]  # fmt: skip
@@ -65,5 +65,7 @@ def test_nothing_is_ever_unpickled():
             if isinstance(node, ast.Call):
                 text = ast.unparse(node.func)
                 assert text not in ("torch.load", "pickle.load", "pickle.loads", "yaml.unsafe_load"), path
+                if text.endswith("load_state_dict_from_url"):
+                    assert "weights_only=True" in ast.unparse(node), path
                 if text == "np.load":
                     assert "allow_pickle=False" in ast.unparse(node), path

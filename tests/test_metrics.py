@@ -1,4 +1,4 @@
-"""The Frechet distance against torch-fidelity's own command and a direct formula."""
+"""Every figure against torch-fidelity's own command and a direct formula; intervals, floors and the cache."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch_fidelity
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from prunedm import bundled, data, metrics
+from prunedm import data, extractors, metrics
 
 
 class Bundled(FeatureExtractorBase):
@@ -59,15 +59,41 @@ def distance(a, b):
     return metrics.frechet_distance(*found)
 
 
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(metrics.CACHE_ENV, str(tmp_path))
+    return tmp_path / "statistics"
+
+
+class Counting(extractors.Bundled):
+    """The bundled extractor, counting the batches that it reads."""
+
+    batches = 0
+
+    def features(self, images):
+        self.batches += 1
+        return super().features(images)
+
+
+def drawn(n, d=8, mean=0.0, scale=1.0, seed=0):
+    """Random features in float64."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(mean, scale, (n, d)))
+
+
 def test_equals_torch_fidelitys_own_calculation(images):
     if "prunedm-test" not in FEATURE_EXTRACTORS_REGISTRY:
         torch_fidelity.register_feature_extractor("prunedm-test", Bundled)
     a, b = images.train[:300], images.held_out[:300]
     found = torch_fidelity.calculate_metrics(
-        input1=Uint8(a), input2=Uint8(b), fid=True, feature_extractor="prunedm-test",
-        cuda=False, verbose=False, cache=False, save_cpu_ram=True,
+        input1=Uint8(a), input2=Uint8(b), fid=True, kid=True, prc=True, kid_subset_size=100, kid_subsets=20,
+        feature_extractor="prunedm-test", cuda=False, verbose=False, cache=False, save_cpu_ram=True,
     )  # fmt: skip
-    assert distance(a, b) == pytest.approx(found["frechet_inception_distance"], rel=1e-4)
+    x, y = (metrics.extract(v.split(64)) for v in (a, b))
+    assert metrics.fid_from_features(x, y) == pytest.approx(found["frechet_inception_distance"], abs=1e-6)
+    ours = metrics.kid(x, y, subset_size=100, subsets=20, seed=2020)
+    assert ours.mean == pytest.approx(found["kernel_inception_distance_mean"], abs=1e-6)
+    assert ours.std == pytest.approx(found["kernel_inception_distance_std"], abs=1e-6)
+    assert metrics.precision_recall(x, y) == pytest.approx((found["precision"], found["recall"]), abs=1e-6)
 
 
 def test_equals_the_formula_in_float64():
@@ -79,6 +105,68 @@ def test_equals_the_formula_in_float64():
     assert found == pytest.approx(direct, rel=1e-9)
 
 
+def test_the_wide_formula_gives_the_same_distance():
+    for n in (40, 500):  # covariances singular and full
+        a, b = (metrics.statistics(drawn(n, 60, mean, scale, seed)) for mean, scale, seed in ((0, 1, 1), (0.2, 1.3, 2)))
+        assert metrics._wide_frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(a, b), rel=1e-6)
+        assert metrics._wide_frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+    assert metrics.fid_from_features(drawn(400, 300), drawn(400, 300, seed=1)) > 0
+
+
+def direct_kid(x, y):
+    """The unbiased squared MMD with the cubic kernel, pair by pair, in float64."""
+
+    def mean(p, q, same):
+        kernel = (p @ q.T / p.shape[1] + 1) ** 3
+        return (kernel.sum() - (np.trace(kernel) if same else 0)) / (len(p) * (len(q) - same))
+
+    return mean(x, x, 1) + mean(y, y, 1) - 2 * mean(x, y, 0)
+
+
+def test_kid_equals_the_formula_in_float64():
+    x, y = drawn(120, mean=0.4, seed=1), drawn(120, seed=2)
+    whole = metrics.kid(x, y, subset_size=120, subsets=1)
+    assert whole.mean == pytest.approx(direct_kid(x.numpy(), y.numpy()), rel=1e-9)
+    assert sum(s.mean() for s in metrics.kid_shares(x, y[:90])) == pytest.approx(
+        direct_kid(x.numpy(), y[:90].numpy()), rel=1e-9
+    )
+    rng, subsets = np.random.RandomState(5), []  # torch-fidelity's order of drawing
+    for _ in range(7):
+        subsets.append(direct_kid(*(v.numpy()[rng.choice(120, 50, replace=False)] for v in (x, y))))
+    found = metrics.kid(x, y, 50, 7, seed=5)
+    assert (found.mean, found.std) == pytest.approx((np.mean(subsets), np.std(subsets)), rel=1e-9)
+    assert found == metrics.kid(x, y, 50, 7, seed=5) != metrics.kid(x, y, 50, 7, seed=6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_kids_interval_covers_the_true_distance_about_as_often_as_it_says(shift):
+    truth = sum(s.mean() for s in metrics.kid_shares(drawn(8000, 3, shift, seed=1), drawn(8000, 3, seed=2)))
+    hits = 0
+    for seed in range(50):
+        found = metrics.kid(drawn(150, 3, shift, seed=10 + seed), drawn(150, 3, seed=1000 + seed), 100, 20, seed)
+        hits += found.low <= truth <= found.high
+        assert found.low <= found.mean <= found.high
+    assert hits >= 43  # of 50; 95 % promised
+
+
+def test_inception_score_is_one_for_no_knowledge_and_the_classes_for_certainty():
+    sure = 50 * torch.eye(10).repeat(40, 1)
+    assert metrics.inception_score(torch.zeros(100, 10)) == pytest.approx((1, 0), abs=1e-9)
+    assert metrics.inception_score(sure, splits=1)[0] == pytest.approx(10, rel=1e-6)
+    with pytest.raises(ValueError, match="10 splits need as many images; there are 4"):
+        metrics.inception_score(torch.zeros(4, 10))
+
+
+def test_precision_and_recall_of_known_sets():
+    real = drawn(200, 2)
+    assert metrics.precision_recall(real, real) == (1, 1)
+    assert metrics.precision_recall(real + 100, real) == (0, 0)
+    precision, recall = metrics.precision_recall(real[:50] * 0.1, real)  # near one mode only
+    assert precision > 0.9 and recall < 0.3
+    with pytest.raises(ValueError, match="neighbourhood 3 must be from 1 to below the 3 images"):
+        metrics.precision_recall(real[:3], real)
+
+
 def test_identical_sets_are_at_zero_and_noise_moves_away(images):
     real = images.held_out[:500]
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
@@ -86,6 +174,113 @@ def test_identical_sets_are_at_zero_and_noise_moves_away(images):
     found = [distance(real, level) for level in levels]
     assert found[0] == pytest.approx(0, abs=1e-4)
     assert found == sorted(found) and found[1] > 0.01
+
+
+def test_identical_features_are_at_zero_and_few_images_are_refused():
+    x = drawn(100)
+    assert metrics.fid_from_features(x, x) == pytest.approx(0, abs=1e-6)
+    assert sum(v.mean() for v in metrics.kid_shares(x, x)) <= 0  # unbiased: an image meets its copy across only
+    with pytest.raises(ValueError, match="KID subset size 101 must be from 2 to the 100 images"):
+        metrics.kid(x, x, 101)
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.fid_from_features(x[:1], x)
+
+
+def test_few_images_warn():
+    assert metrics.few_images_warning(640, 64) == ""
+    assert "639 images are few for 64 features (the Frechet distance is mostly bias)" in (
+        metrics.few_images_warning(639, 64)
+    )
+    assert "singular" in metrics.few_images_warning(2048, 2048)
+    assert "\n" not in metrics.few_images_warning(2, 2048)
+
+
+def test_the_halves_of_a_noise_floor_are_disjoint_and_repeat_by_seed():
+    first, second = metrics.halves(101, 3)
+    assert len(first) == len(second) == 50
+    assert len(set(first.tolist()) | set(second.tolist())) == 100
+    assert torch.equal(first, metrics.halves(101, 3)[0])
+    assert not torch.equal(first, metrics.halves(101, 4)[0])
+
+
+def test_a_noise_floor_lies_below_a_true_difference_and_repeats():
+    x, shifted = drawn(400, seed=1), drawn(400, mean=0.5, seed=2)
+    floor, difference = metrics.noise_floor(x, seed=1), metrics.measure(shifted[:200], x[:200])
+    assert floor == metrics.noise_floor(x, seed=1) != metrics.noise_floor(x, seed=2)
+    assert floor["images"] == difference["images"] == 200
+    assert floor["fid"] < difference["fid"] / 4 and floor["kid_low"] < 0 < floor["kid_high"] < difference["kid_low"]
+    assert floor["precision"] > difference["precision"]
+    with pytest.raises(ValueError, match="7 images have no two halves"):
+        metrics.noise_floor(x[:7])
+
+
+def test_a_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for level, fewest, most in ((0.95, 0.90, 0.985), (0.8, 0.74, 0.86)):
+        hits = 0
+        for seed in range(300):
+            low, high = metrics.bootstrap_interval(rng.exponential(1.0, 150), seed, level, draws=300)
+            hits += low <= 1.0 <= high
+        assert fewest <= hits / 300 <= most
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    assert metrics.bootstrap_interval(values, 1) == metrics.bootstrap_interval(values, 1)
+    assert metrics.bootstrap_interval(values, 1) != metrics.bootstrap_interval(values, 2)
+
+
+def test_a_bootstrap_of_nothing_gives_one_line():
+    for values, level in (([1.0], 0.95), ([[1.0, 2.0]], 0.95), ([1.0, 2.0], 1.0)):
+        with pytest.raises(ValueError, match=r"at least 2|between 0 and 1"):
+            metrics.bootstrap_interval(values, 0, level)
+
+
+def test_a_cache_hit_extracts_nothing(images, cache_folder):
+    real, extractor = images.train[:300], Counting()
+    first = metrics.reference_statistics(real, is_bundled=False, extractor=extractor)
+    assert extractor.batches == 2 and len(list(cache_folder.iterdir())) == 1
+    again = metrics.reference_statistics(real.clone(), is_bundled=False, extractor=extractor)
+    assert extractor.batches == 2
+    assert all(np.array_equal(first[key], again[key]) for key in ("mu", "sigma"))
+    assert torch.equal(metrics.reference_features(real, extractor=extractor), metrics.extract([real]))
+    before = extractor.batches
+    assert metrics.reference_features(real, extractor=extractor).shape == (300, 64)
+    assert extractor.batches == before
+
+
+def test_the_cache_depends_on_the_images_the_extractor_and_its_weights(images):
+    real, extractor = images.train[:4], Counting()
+    keys = [metrics.cache_key("statistics", v, extractor) for v in (real, real.flip(0), real.view(2, 2, 28, 28))]
+    keys.append(metrics.cache_key("features", real, extractor))
+    extractor.weights = "other"
+    keys.append(metrics.cache_key("statistics", real, extractor))
+    extractor.name = "inception"
+    keys.append(metrics.cache_key("statistics", real, extractor))
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("harm", ["bit", "torn", "empty", "other"])
+def test_an_altered_cache_file_is_computed_again(images, cache_folder, harm):
+    real, extractor = images.train[:50], Counting()
+    first = metrics.reference_statistics(real, is_bundled=False, extractor=extractor)
+    (path,) = cache_folder.iterdir()
+    content = bytearray(path.read_bytes())
+    if harm == "bit":
+        content[len(content) // 2] ^= 1
+    elif harm == "other":
+        np.savez(path, mu=first["mu"] + 1, sigma=first["sigma"])
+        content = path.read_bytes()
+    path.write_bytes(content[: {"torn": 100, "empty": 0}.get(harm, len(content))])
+    again = metrics.reference_statistics(real, is_bundled=False, extractor=extractor)
+    assert extractor.batches == 2 and np.array_equal(first["mu"], again["mu"])
+    metrics.reference_statistics(real, is_bundled=False, extractor=extractor)
+    assert extractor.batches == 2 and len(list(cache_folder.iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(images, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(metrics.CACHE_ENV, str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be written .*; set PRUNEDM_CACHE"):
+        found = metrics.reference_statistics(images.train[:50], is_bundled=False)
+    assert found["mu"].shape == (64,)
 
 
 def test_the_shipped_reference_is_that_of_the_training_images(images):
@@ -105,8 +300,3 @@ def test_other_sizes_and_colours_are_accepted():
     assert metrics.extract([torch.zeros(2, 3, 32, 40, dtype=torch.uint8)]).shape == (2, 64)
     with pytest.raises(ValueError, match="at least 2"):
         metrics.statistics(torch.zeros(1, 64))
-
-
-def test_no_other_extractors_figure_is_called_fid():
-    assert metrics.EXTRACTOR_LABELS == {"bundled": "FD-fashion"}
-    assert bundled.FEATURE_NETWORK.exists()

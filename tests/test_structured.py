@@ -11,7 +11,7 @@ from prunedm import masked_unet, sizing, structured
 from prunedm import unet as unets
 from prunedm.channel_groups import channel_groups
 from prunedm.channel_scores import scoring
-from prunedm.pruned_unet import sync_attributes
+from prunedm.pruned_unet import attentions, sync_attributes
 from prunedm.stage_recipes import Prune
 from prunedm.structured import TOLERANCE
 
@@ -166,6 +166,8 @@ def test_random_scores_come_from_the_seed():
 
 KINDS = [
     {},
+    {"block_out_channels": (32, 64), "attention_head_dim": 32},  # two heads, of which one may stay
+    {"downsample_type": "resnet", "upsample_type": "resnet"},
     {"attention_head_dim": None},
     {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
      "add_attention": False},
@@ -182,6 +184,9 @@ def distinct(unet):
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=gen) * (0.5 / max(1, parameter[0].numel()) ** 0.5))
+        for attention in attentions(unet):  # attention that is nearly even would hide a wrong scale
+            for layer in (attention.to_q, attention.to_k, attention.to_v):
+                layer.weight.mul_(8)
     return unet
 
 
@@ -332,3 +337,46 @@ def test_what_a_latency_or_calibrated_preview_stands_for():
         update={"method": "magnitude"}
     )
     assert predictable(Prune()) == Prune()
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_a_pruned_model_is_pruned_again_rightly(changes, tmp_path):
+    from diffusers import DDPMScheduler
+
+    dense = distinct(make_unet(**changes))
+    once, _ = cut(copy.deepcopy(dense), target=0.3)
+    twice, _ = cut(copy.deepcopy(once), target=0.3)
+    wanted = call(simulate(once, twice))
+    assert torch.allclose(call(twice), wanted, atol=1e-5 * wanted.abs().max())
+    unets.save(twice, DDPMScheduler(), tmp_path / "v", {})
+    assert torch.equal(call(unets.load(str(tmp_path / "v")).unet), call(twice))
+
+
+@pytest.mark.parametrize("changes", [{"attention_head_dim": None}, {"attention_head_dim": 8}])
+def test_every_attention_processor_sees_the_same_scale(changes, tmp_path):
+    """bf16 training goes through diffusers' plain processor, which reads the layer's own ``scale``."""
+    from diffusers import DDPMScheduler
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pruned, _ = cut(distinct(make_unet(**changes)), target=0.45)
+    unets.save(pruned, DDPMScheduler(), tmp_path / "v", {})
+    for model in (pruned, unets.load(str(tmp_path / "v")).unet):
+        wanted = call(model)
+        for attention in attentions(model):
+            attention.processor = AttnProcessor()
+        assert torch.allclose(call(model), wanted, atol=1e-5 * wanted.abs().max())
+
+
+def test_ratios_of_layers_are_of_the_dense_width_whatever_the_rounds():
+    layers = [{"match": "mid_block.resnets.0.*", "ratio": 0.5}]
+    spec, unet = Prune(target=0.3, layers=layers, rounds=2), make_unet()
+    dense = structured.Dense.of(unet, spec, 4)
+    for number in (1, 2):
+        unet, report = structured.prune(unet, structured.round_of(spec, number), 4, 0, dense=dense)
+    assert unet.mid_block.resnets[0].conv1.out_channels == 16
+    assert abs(report.reduction - 0.3) <= TOLERANCE and report.eligibility["before"] == dense.eligibility
+
+
+def test_a_model_that_cannot_be_narrowed_says_so():
+    _, report = cut(make_unet(), m=16, round_for="tensor-core", layers=[{"match": "*", "ratio": 0}])
+    assert "no channel group may be narrowed" in report.reason

@@ -170,3 +170,27 @@ def test_a_class_conditional_model_is_refused(model_folder, tmp_path):
 
     with pytest.raises(ModelError, match="class-conditional; only unconditional UNets"):
         unets.load(damaged(model_folder, tmp_path, conditional))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"out_channels": 2}, "puts out 2 channels for 1: models that learn the variance"),
+        ({"time_embedding_type": "fourier"}, "embeds noise levels"),
+    ],
+)
+def test_models_of_another_kind_are_refused(model_folder, tmp_path, change, words):
+    def changed(unet):
+        config = json.loads((unet / "config.json").read_text())
+        (unet / "config.json").write_text(json.dumps(config | change))
+
+    with pytest.raises(ModelError, match=words):
+        unets.load(damaged(model_folder, tmp_path, changed))
+
+
+def test_a_latent_pipeline_is_refused(model_folder, tmp_path):
+    folder = damaged(model_folder, tmp_path, lambda unet: None)
+    index = tmp_path / "copy" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vqvae": ["diffusers", "VQModel"]}))
+    with pytest.raises(ModelError, match="has a vqvae beside its UNet"):
+        unets.load(folder)

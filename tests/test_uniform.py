@@ -134,3 +134,38 @@ def test_what_uniform_cannot_do_is_said():
         structured.prune(free, Prune(target=0.2, layout="uniform"), 4, 0)
     with pytest.raises(ValueError, match="this model has a fourier time embedding; use layout=free"):
         structured.prune(make_unet(time_embedding_type="fourier"), Prune(layout="uniform"), 4, 0)
+
+
+@pytest.mark.parametrize("timesteps", [500, 4000])
+def test_schedulers_of_other_lengths(timesteps):
+    unet, _ = structured.prune(make_unet(), Prune(target=0.4, layout="uniform"), 4, 0, train_timesteps=timesteps)
+    assert unet.time_proj.num_embeddings == timesteps
+    with pytest.raises(ValueError, match=f"table has {timesteps} timesteps and its scheduler {timesteps + 1}"):
+        structured.check(unet, Prune(layout="uniform"), 4, timesteps + 1)
+
+
+def test_the_table_is_cut_and_the_function_stays():
+    """Widths at which level 0 really shrinks: the residual is small and so is the change of the output."""
+    unet = make_unet(block_out_channels=(64, 64), norm_num_groups=8)
+    dense_widths = list(unet.config.block_out_channels)
+    found, report = structured.prune(unet, Prune(target=0.5, layout="uniform"), 4, 0)
+    assert found.config.block_out_channels[0] < dense_widths[0]
+    assert 0 < report.details["time_embedding_residual"] <= uniform.RESIDUAL
+    t = torch.arange(0, 1000, 37)
+    fresh = make_unet(block_out_channels=(64, 64), norm_num_groups=8)
+    wanted = fresh.time_embedding(fresh.time_proj(t))
+    assert torch.allclose(found.time_embedding(found.time_proj(t)), wanted, atol=1e-4 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("changes", "m", "more"),
+    [
+        ({}, 16, {}),  # level 0 allows no step
+        ({"attention_head_dim": 32}, 4, {}),  # one head as wide as its level
+        ({"block_out_channels": (16, 48), "attention_head_dim": 24}, 16, {"round_for": "tensor-core"}),
+    ],
+)
+def test_levels_that_cannot_move_stay_and_the_others_shrink(changes, m, more):
+    unet, report = structured.prune(make_unet(**changes), Prune(target=0.3, layout="uniform", **more), m, 0)
+    assert unets.follows_config(unet) and call(unet).isfinite().all()
+    assert report.parameters_after <= report.parameters_before + 1000 * 48
