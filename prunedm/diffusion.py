@@ -1,7 +1,8 @@
 """The diffusion side: noise-prediction loss, timestep sampling, seeded sampling of images.
 
-Sources: DDPM (arXiv 2006.11239, eq. 14 for the loss), DDIM (arXiv 2010.02502). Schedulers are those
-of diffusers; this module only fixes where each random number comes from.
+Sources: DDPM (arXiv 2006.11239, eq. 14 for the loss), DDIM (arXiv 2010.02502), DPM-Solver++ (arXiv
+2211.01095, its multistep form of order 2), Euler (arXiv 2206.00364, algorithm 2 without churn). Schedulers
+are those of diffusers; this module only fixes where each random number comes from.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .recipe import TIMESTEPS
+from .recipe import SAMPLERS, TIMESTEPS
 from .seeds import generator
 from .unet import image_shape
 
@@ -180,30 +181,52 @@ def validation_batches(scheduler, images: Tensor, count: int, batch_size: int, s
 
 
 @torch.no_grad()
+def per_image_losses(denoiser: Denoiser, batches: list[NoisedBatch]) -> Tensor:
+    """Noise-prediction error of each image, ``[N]``, in the batches' order: pairs of variants, for intervals."""
+    return torch.cat([per_image_loss(denoiser, batch) for batch in batches])
+
+
 def validation_loss(denoiser: Denoiser, batches: list[NoisedBatch]) -> float:
-    """Mean noise-prediction error over :func:`validation_batches`."""
-    return torch.cat([per_image_loss(denoiser, batch) for batch in batches]).mean().item()
+    """Mean of :func:`per_image_losses` over :func:`validation_batches`."""
+    return per_image_losses(denoiser, batches).mean().item()
 
 
-@torch.no_grad()
 def losses_by_bin(denoiser: Denoiser, batches: list[NoisedBatch], steps: int) -> tuple[float, list[float | None]]:
     """:func:`validation_loss`, and that of each timestep bin, the cleanest first; None where no image fell."""
-    errors = torch.cat([per_image_loss(denoiser, batch) for batch in batches]).cpu()
+    errors = per_image_losses(denoiser, batches).cpu()
     bins = bin_of(torch.cat([batch.t for batch in batches]).cpu(), steps)
     by_bin = [errors[bins == b].mean().item() if (bins == b).any() else None for b in range(TIMESTEP_BINS)]
     return errors.mean().item(), by_bin
 
 
 def make_sampler(name: str, scheduler, steps: int):
-    """A diffusers sampler with the trained scheduler's betas, set to ``steps`` steps."""
-    from diffusers import DDIMScheduler, DDPMScheduler
+    """A new diffusers sampler with the trained scheduler's betas, set to ``steps`` steps.
 
-    classes = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+    Samplers keep what they saw (DPM-Solver++ its last outputs, Euler its place): one for each batch.
+    ValueError when the name is not known or the trained timesteps are too few for so many steps.
+    """
+    import diffusers
+
+    classes = {"ddim": "DDIM", "ddpm": "DDPM", "dpm-solver++": "DPMSolverMultistep", "euler": "EulerDiscrete"}
     if name not in classes:
-        raise ValueError(f"eval.sampler={name!r} is not known; use one of {', '.join(classes)}")
-    sampler = classes[name].from_config(scheduler.config)
-    sampler.set_timesteps(steps)
-    return sampler
+        raise ValueError(f"eval.sampler={name!r} is not known; use one of {', '.join(SAMPLERS)}")
+    trained = scheduler.config.num_train_timesteps
+    fixed = {"algorithm_type": "dpmsolver++"} if name == "dpm-solver++" else {}
+    stepper = getattr(diffusers, f"{classes[name]}Scheduler").from_config(scheduler.config, **fixed)
+    if steps <= trained:
+        stepper.set_timesteps(steps)
+        if not (stepper.timesteps.diff() >= 0).any():  # DPM-Solver++ repeats timesteps when they run out
+            return stepper
+    raise ValueError(f"eval.steps={steps} is too many for {name} on a model of {trained} timesteps; use fewer steps")
+
+
+def require_sampler(unet, sampler: str) -> None:
+    """ValueError when the UNet cannot be sampled so: Euler's timesteps are real numbers, and tables have rows."""
+    if sampler == "euler" and getattr(unet.config, "time_embedding_type", None) == "learned":
+        raise ValueError(
+            "eval.sampler=euler gives timesteps as real numbers and this model looks whole ones up in a table "
+            "(layout=uniform); use ddim, ddpm or dpm-solver++"
+        )
 
 
 @torch.no_grad()
@@ -213,25 +236,34 @@ def sample(
     image_seeds: list[int],
     sampler: str = "ddim",
     steps: int = 25,
+    eta: float = 0.0,
 ) -> Tensor:
-    """Images ``[B, C, H, W]`` in [-1, 1], one for each seed, the same whatever the batch size."""
+    """Images ``[B, C, H, W]`` in [-1, 1], one for each seed, the same whatever the batch size.
+
+    Each image's generator gives its first noise and then that of the steps (ddpm, and ddim with ``eta`` > 0:
+    the share of DDPM's noise, DDIM eq. 16). ValueError as :func:`make_sampler` and :func:`require_sampler`.
+    """
+    if eta and sampler != "ddim":
+        raise ValueError(f"eval.eta={eta} is not read by sampler={sampler}; remove it or use ddim")
+    require_sampler(unet, sampler)
     stepper = make_sampler(sampler, scheduler, steps)
+    options = {"eta": eta} if sampler == "ddim" else {}
     shape, parameter = image_shape(unet), next(unet.parameters())
     generators = [generator(seed, "image") for seed in image_seeds]
     x = torch.stack([torch.randn(shape, generator=gen) for gen in generators])
     x = (x * stepper.init_noise_sigma).to(parameter.device)
     for t in stepper.timesteps:
         prediction = unet(stepper.scale_model_input(x, t), t).sample.float()
-        x = stepper.step(prediction, t, x, generator=generators).prev_sample
+        x = stepper.step(prediction, t, x, generator=generators, **options).prev_sample
     return x.clamp(-1, 1)
 
 
 def sample_stream(
-    unet, scheduler, image_seeds: list[int], sampler: str, steps: int, batch_size: int = 64
+    unet, scheduler, image_seeds: list[int], sampler: str, steps: int, batch_size: int = 64, eta: float = 0.0
 ) -> Iterator[Tensor]:
     """:func:`sample` in batches, as uint8 ``[B, C, H, W]`` on the CPU."""
     for start in range(0, len(image_seeds), batch_size):
-        yield to_uint8(sample(unet, scheduler, image_seeds[start : start + batch_size], sampler, steps))
+        yield to_uint8(sample(unet, scheduler, image_seeds[start : start + batch_size], sampler, steps, eta))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -139,6 +139,8 @@ def predictable(spec: Prune) -> Prune:
 def require_prunable(model: unet.Diffusion, recipe: Recipe) -> None:
     """ValueError in one line when stage 1 cannot do what is asked of this model."""
     spec = recipe.prune
+    if spec.target > 0 and spec.layout == "uniform" and recipe.eval.sampler == "euler":
+        raise InputError("eval.sampler=euler asks for times between those of a uniform layout's table; use ddim")
     if spec.target > 0 and (spec.layers or spec.layout == "uniform"):
         structured.check(model.unet, predictable(spec), rounding(recipe), model.scheduler.config.num_train_timesteps)
 

@@ -107,12 +107,26 @@ class Train(Section):
     min_snr: float | None = Field(None, gt=0, le=1e4, description="min-SNR loss weighting; 5 is its paper's gamma")
 
 
+SAMPLERS = ("ddim", "ddpm", "dpm-solver++", "euler")
+EVAL_READ_BY = {"eta": ("ddim",)}  # fields of eval that only some samplers read: elsewhere they keep their default
+
+
 class Eval(Section):
     images: int = Field(512, ge=2, le=1_000_000, description="generated images for the Frechet distance")
-    sampler: Literal["ddim", "ddpm"] = Field("ddim", description="sampler of diffusers")
+    sampler: Literal[SAMPLERS] = Field("ddim", description="sampler of diffusers")  # type: ignore[valid-type]
     steps: int = Field(25, ge=1, le=1000, description="sampling steps an image")
+    eta: float = Field(0.0, ge=0, le=1, description="ddim: share of DDPM's noise drawn in the steps; 0 draws none")
     extractor: Literal["bundled"] = Field("bundled", description="feature network of the distance")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the evaluation's noise")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Eval:
+        for name, samplers in EVAL_READ_BY.items():
+            value = getattr(self, name)
+            if self.sampler not in samplers and value != Eval.model_fields[name].default:
+                used = " or ".join(samplers)
+                raise ValueError(f"{name}={value} is not read by sampler={self.sampler}; remove it or use {used}")
+        return self
 
 
 class Recipe(Section):

@@ -404,7 +404,7 @@ def test_a_folder_is_exported_with_its_archive(with_done):
     made = exports.Exports()
     made.start(with_done, "structured", "diffusers", "fp16", "none").future.result(60)
     (path,) = exports.finished(with_done)
-    assert path.is_dir() and "model_index.json" in zipfile.ZipFile(exports.archive(path)).namelist()
+    assert path.is_dir() and f"{path.name}/model_index.json" in zipfile.ZipFile(exports.archive(path)).namelist()
     exports.delete(path)
     assert not path.exists() and not exports.archive(path).exists()
 

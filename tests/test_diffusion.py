@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_unet
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 from prunedm import diffusion
 from prunedm.seeds import derive, generator
@@ -34,25 +34,97 @@ def test_validation_is_the_same_for_everyone_and_covers_all_times():
     assert times.tolist() == [i * 50 for i in range(20)]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(sampler):
-    unet, scheduler = make_unet(), DDPMScheduler()
-    seeds = [derive(0, i) for i in range(9)]
-    together = diffusion.sample(unet, scheduler, seeds, sampler, 5)
-    alone = torch.cat([diffusion.sample(unet, scheduler, [seed], sampler, 5) for seed in seeds])
-    assert torch.allclose(together, alone, atol=1e-5)
+def test_losses_of_single_images_are_those_of_the_mean_and_of_the_bins():
+    def denoiser(x, t):
+        return x * 0.5
+
+    batches = diffusion.validation_batches(DDPMScheduler(), torch.rand(30, 1, 4, 4), 30, 8, 3)
+    found = diffusion.per_image_losses(denoiser, batches)
+    target, x_t = (torch.cat([getattr(b, name) for b in batches]) for name in ("target", "x_t"))
+    assert torch.allclose(found, ((x_t * 0.5 - target) ** 2).mean((1, 2, 3)))
+    assert found.mean().item() == diffusion.validation_loss(denoiser, batches)
+    assert diffusion.losses_by_bin(denoiser, batches, 1000)[0] == found.mean().item()
+
+
+WAYS = [("ddim", 0.0), ("ddim", 1.0), ("ddim", 0.3), ("ddpm", 0.0), ("dpm-solver++", 0.0), ("euler", 0.0)]
+
+
+@pytest.mark.parametrize(("sampler", "eta"), WAYS)
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(sampler, eta):
+    # Of x0, as noise predicted by an untrained UNet grows the last digits, which differ by batch, 25-fold.
+    unet, scheduler = make_unet(), DDPMScheduler(prediction_type="sample")
+    seeds = [derive(0, i) for i in range(64)]
+    together = diffusion.sample(unet, scheduler, seeds, sampler, 5, eta)
+    for i in (0, 17, 63):
+        alone = diffusion.sample(unet, scheduler, [seeds[i]], sampler, 5, eta)[0]
+        assert torch.allclose(together[i], alone, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=1e-2)
+    streamed = torch.cat(list(diffusion.sample_stream(unet, scheduler, seeds[:9], sampler, 5, 4, eta)))
+    assert (streamed.int() - diffusion.to_uint8(together[:9]).int()).abs().max() <= 1
 
 
-def test_ddim_equals_diffusers_own_loop():
-    unet, scheduler = make_unet(), DDPMScheduler()
-    stepper = DDIMScheduler.from_config(scheduler.config)
-    stepper.set_timesteps(5)
-    x = torch.randn(1, 1, 8, 8, generator=generator(7, "image"))
+@pytest.mark.parametrize("sampler", ["dpm-solver++", "euler"])
+def test_the_bundled_model_draws_the_same_image_alone_and_among_64(sampler):
+    from prunedm import unet as unets
+
+    model, seeds = unets.load("bundled"), [derive(0, i) for i in range(64)]
+    together = diffusion.sample(model.unet, model.scheduler, seeds, sampler, 8)
+    alone = diffusion.sample(model.unet, model.scheduler, seeds[40:41], sampler, 8)
+    assert torch.allclose(together[40:41], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize(("sampler", "eta"), WAYS)
+def test_sampling_equals_diffusers_own_loop(sampler, eta, spacing, prediction):
+    """The loop of diffusers' pipelines with the same scheduler, first noise and generator."""
+    unet = make_unet()
+    scheduler = DDPMScheduler(timestep_spacing=spacing, prediction_type=prediction)
+    kinds = {
+        "ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm-solver++": DPMSolverMultistepScheduler,
+        "euler": EulerDiscreteScheduler,
+    }  # fmt: skip
+    stepper = kinds[sampler].from_config(scheduler.config)
+    stepper.set_timesteps(6)
+    gen = generator(7, "image")
+    x = torch.randn(1, 1, 8, 8, generator=gen) * stepper.init_noise_sigma
+    more = {"eta": eta} if sampler == "ddim" else {}
     with torch.no_grad():
         for t in stepper.timesteps:
-            x = stepper.step(unet(x, t).sample, t, x).prev_sample
-    assert torch.allclose(diffusion.sample(unet, scheduler, [7], "ddim", 5), x.clamp(-1, 1), atol=1e-6)
+            x = stepper.step(unet(stepper.scale_model_input(x, t), t).sample, t, x, generator=gen, **more).prev_sample
+    found = diffusion.sample(unet, scheduler, [7], sampler, 6, eta)
+    assert torch.allclose(found, x.clamp(-1, 1), atol=1e-6) and found.isfinite().all()
+    assert torch.equal(found, diffusion.sample(unet, scheduler, [7], sampler, 6, eta))  # nothing is left in between
+
+
+def test_eta_one_is_not_eta_zero_and_zero_is_the_default():
+    unet, scheduler = make_unet(), DDPMScheduler()
+    default = diffusion.sample(unet, scheduler, [7], steps=5)
+    assert torch.equal(default, diffusion.sample(unet, scheduler, [7], "ddim", 5, 0.0))
+    assert not torch.allclose(default, diffusion.sample(unet, scheduler, [7], "ddim", 5, 1.0), atol=1e-2)
+
+
+def test_a_table_over_timesteps_refuses_euler_and_takes_the_others():
+    unet = make_unet(time_embedding_type="learned", num_train_timesteps=1000)
+    for sampler in ("ddim", "ddpm", "dpm-solver++"):
+        assert diffusion.sample(unet, DDPMScheduler(), [1], sampler, 3).isfinite().all()
+    with pytest.raises(ValueError, match=r"eval.sampler=euler .* table .* use ddim, ddpm or dpm-solver\+\+$"):
+        diffusion.sample(unet, DDPMScheduler(), [1], "euler", 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"sampler": "heun"}, r"eval.sampler='heun' is not known; use one of ddim, ddpm, dpm-solver\+\+, euler"),
+        ({"sampler": "ddpm", "eta": 0.5}, "eval.eta=0.5 is not read by sampler=ddpm; remove it or use ddim"),
+        ({"steps": 101}, "eval.steps=101 is too many for ddim on a model of 100 timesteps; use fewer steps"),
+        ({"sampler": "dpm-solver++", "steps": 100}, r"eval.steps=100 is too many for dpm-solver\+\+"),
+    ],
+)
+def test_what_cannot_be_sampled_is_said_in_one_line(changes, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        diffusion.sample(make_unet(), DDPMScheduler(num_train_timesteps=100), [1], **changes)
+    assert "\n" not in str(caught.value)
 
 
 def test_seeds_have_names():

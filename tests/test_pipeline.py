@@ -349,3 +349,6 @@ def test_a_stage_one_that_cannot_work_is_refused_before_a_run_is_made(tmp_path, 
     recipe = micro(prune={"layers": [{"match": "nowhere.*", "ratio": 0.5}]})
     with pytest.raises(ValueError, match=r"'nowhere\.\*' matches no prunable layer"):
         inputs.load_inputs(recipe, tmp_path)
+    recipe = micro(prune={"layout": "uniform"}, eval={"sampler": "euler"})
+    with pytest.raises(ValueError, match=r"eval\.sampler=euler .*; use ddim"):
+        inputs.load_inputs(recipe, tmp_path)

@@ -59,6 +59,9 @@ def test_scientific_notation_without_a_dot_is_a_number(text):
         ("mask={method: reinforce, antithetic: true}", ["samples=1 is odd"]),
         ("mask={method: reinforce, cached_batches: 2, train_weights: true}", ["cached_batches", "frozen"]),
         ("mask={tau_start: 0.1, tau_end: 1}", ["tau_end=1.0 must not exceed tau_start=0.1"]),
+        ("eval={sampler: ddpm, eta: 0.5}", ["eta=0.5 is not read by sampler=ddpm", "use ddim"]),
+        ("eval.eta=1.5", ["eval.eta=1.5", "less than or equal to 1"]),
+        ("eval.sampler=heun", ["eval.sampler='heun'", "dpm-solver++"]),
         ("mask={density: 0.5, initial: some-run}", ["density chooses patterns", "initial=some-run"]),
     ],
 )
@@ -68,6 +71,14 @@ def test_bad_values_are_one_line_with_value_and_rule(assignment, parts):
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_shipped_figures_are_not_those_of_another_eta():
+    from prunedm import bundled
+
+    plain, noisy = (recipes.resolve(assignments=[f"eval.eta={eta}"]).eval for eta in (0, 0.5))
+    assert bundled.settings_key(plain) == "512-ddim-25-bundled-0"
+    assert bundled.settings_key(noisy) != bundled.settings_key(plain) and bundled.sheet(noisy) != bundled.sheet(plain)
 
 
 def test_patterns_need_no_quotes_in_yaml():
