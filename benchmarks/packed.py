@@ -11,8 +11,8 @@ new and must be mapped by the system. ``again``: in a process that has just free
 the dense file's many small copies the page faults. Files are in the system's cache. ``check`` is the
 SHA-256, in a second thread: on a machine whose cores are all busy it adds its whole time.
 
-``pruned``: 2:4 after a structured prune of about 44 %, for which a narrower UNet stands in here
-(block_out_channels 96, 192, 192, 192), in float16, as a share of the dense float32 file of the full one.
+``pruned``: 2:4 after a structured prune of 44 % (magnitude, free widths), in float16, as a share of the dense
+float32 file of the full one.
 """
 
 from __future__ import annotations
@@ -45,12 +45,17 @@ CONFIG = {
 KINDS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float32}
 
 
-def sparse_model(**changes: object) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A 2:4 state dict with random weights, and its patterns."""
+def sparse_model(target: float = 0.0) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A 2:4 state dict with random weights, after a prune to ``target`` of the parameters, and its patterns."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
-    unet = UNet2DModel(**(CONFIG | changes))
+    unet = UNet2DModel(**CONFIG).eval()
+    if target:
+        from prunedm import structured
+        from prunedm.stage_recipes import Prune
+
+        unet, _ = structured.prune(unet, Prune(target=target), 4, 0)
     tensors, patterns = unet.state_dict(), {}
     for name, module in unet.named_modules():
         if not isinstance(module, torch.nn.Conv2d | torch.nn.Linear) or name.startswith(("conv_", "time_embedding")):
@@ -72,7 +77,7 @@ def write_all(folder: Path) -> dict[str, object]:
         save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / f"dense-{kind}")
         size = {"dense": (folder / f"dense-{kind}").stat().st_size, "packed": path.stat().st_size}
         figures[kind] = size | {"to_limit": round(size["packed"] / packed.information_limit(made), 4)}
-    narrow, patterns = sparse_model(block_out_channels=(96, 192, 192, 192))
+    narrow, patterns = sparse_model(target=0.44)
     packed.write(folder / "pruned", narrow, patterns, CONFIG, dtype=torch.float16)
     parameters, size = sum(tensor.numel() for tensor in narrow.values()), (folder / "pruned").stat().st_size
     figures["pruned"] = {

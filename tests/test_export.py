@@ -590,3 +590,34 @@ def test_claims_survive_every_way_through_our_own_exports(tmp_path):
         export.write(source, kind, tmp_path / name, "fp32")
         source = export.find(str(tmp_path / name), None, tmp_path, verify.parse("2:4"))
         assert source.patterns == found.patterns and source.record["run"] == "r"
+
+
+def test_a_uniform_model_exports_in_every_format(tmp_path):
+    """Its table of timesteps goes through ONNX and the packed file, and its card names the limit."""
+    from prunedm import structured
+    from prunedm.stage_recipes import Prune
+
+    model, _ = structured.prune(make_unet(), Prune(target=0.4, layout="uniform"), 4, 0)
+    unet.save(model, DDPMScheduler(), tmp_path / "u", {"variant": "structured"})
+    source = export.find(str(tmp_path / "u"), None, tmp_path, Pattern(2, 4))
+    export.write(source, "diffusers", tmp_path / "d", "fp16")
+    card = (tmp_path / "d" / "README.md").read_text()
+    assert "## Timesteps" in card and "Euler" in card and "trust_remote_code" not in card
+    assert "## Timesteps" not in model_card_of(make_unet(), tmp_path / "plain")
+    export.write(source, "packed", tmp_path / "p.safetensors", "fp32")
+    loaded = unet.load(str(tmp_path / "p.safetensors")).unet
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 999])
+    with torch.no_grad():
+        wanted = model(x, t).sample
+        assert torch.equal(loaded(x, t).sample, wanted)
+    export.write(source, "onnx", tmp_path / "o.onnx", "fp32")
+    session = onnxruntime.InferenceSession(tmp_path / "o.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"sample": x.numpy(), "timestep": t.numpy()})
+    assert np.abs(found - wanted.numpy()).max() < 1e-4
+    assert verify.inspect(tmp_path / "o.onnx")["ok"]
+
+
+def model_card_of(model, folder):
+    unet.save(model, DDPMScheduler(), folder, {})
+    export.write(export.find(str(folder), None, folder, Pattern(2, 4)), "diffusers", folder / "out", "fp32")
+    return (folder / "out" / "README.md").read_text()

@@ -194,3 +194,30 @@ def test_a_latent_pipeline_is_refused(model_folder, tmp_path):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"vqvae": ["diffusers", "VQModel"]}))
     with pytest.raises(ModelError, match="has a vqvae beside its UNet"):
         unets.load(folder)
+
+
+def test_a_hub_id_is_fetched_as_safetensors_only(model_folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(source, allow_patterns):
+        asked[source] = allow_patterns
+        return str(model_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert torch.equal(call(unets.load("someone/model").unet), call(unets.load(str(model_folder)).unet))
+    assert all(name.endswith((".json", ".safetensors")) for name in asked["someone/model"])
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(source, allow_patterns):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ModelError, match=r"the hub did not give it .* check the id and the network") as error:
+        unets.load("someone/model")
+    assert "\n" not in str(error.value)
