@@ -7,7 +7,6 @@ Heavy imports stay inside the commands, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,13 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import export_commands, mask_commands, pretrain_command
-from .mask_commands import AsJson, RunsDir
+from .terminal import BAD_INPUT, FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
 
 if TYPE_CHECKING:
     from .recipe import Recipe
     from .store import Run
-
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Prune diffusion models: structured channel pruning, then learned N:M masks.",
@@ -140,21 +137,9 @@ def _work(run: Run, as_json: bool) -> None:
     """Execute with progress bars; Ctrl-C stops after the step at hand, a second one at once."""
     from . import pipeline, report
 
-    asked: list[int] = []
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-        print("stopping after this step; the run can be resumed", file=sys.stderr)
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
     began = time.monotonic()
-    try:
-        with _Progress() as bars:
-            status = pipeline.execute(run, bars, lambda: bool(asked))
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    with interruptions("run") as stop, _Progress() as bars:
+        status = pipeline.execute(run, bars, stop)
     console = _console()
     if status == "done":
         _print_figures(run)

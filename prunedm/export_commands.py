@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .mask_commands import AsJson, RunsDir
+from .terminal import AsJson, RunsDir
 
 ReadAs = Annotated[str, typer.Option("--pattern", metavar="N:M", help="pattern of layers that claim none")]
 

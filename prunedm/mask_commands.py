@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-RunsDir = Annotated[Path, typer.Option("--runs-dir", envvar="PRUNEDM_RUNS", help="folder of the runs")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on the last line")]
+from .terminal import AsJson, RunsDir
+
 Source = Annotated[str, typer.Argument(help="a run, an nm variant's folder or a masks file")]
 
 app = typer.Typer(help="Masks as files: packed bits in safetensors, with a JSON manifest.", rich_markup_mode=None)

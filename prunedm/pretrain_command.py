@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .mask_commands import AsJson
+from .terminal import FAILED, INTERRUPTED, AsJson, interruptions
 
 if TYPE_CHECKING:
     from .data import Images
     from .pretrain import Plan
     from .records import Step
 
-FAILED, INTERRUPTED = 1, 130
 DEFAULT_STEPS = 20_000
 SHOWN = 5  # skipped images named on the screen; all are in the folder's log
 SECTIONS = ("data", "train")  # of the recipe: what --set may change
@@ -143,7 +141,7 @@ def _work(plan: Plan, begin: Callable[[], Any], out: Path, as_json: bool) -> Non
     _print_images(images)
     run = begin()
     try:
-        with _interruptions() as stop, _bar(plan.steps) as on_step:
+        with interruptions("training") as stop, _bar(plan.steps) as on_step:
             record = engine.execute(run, plan, images, on_step, stop)
     except (ArithmeticError, RuntimeError, MemoryError) as error:
         print(f"error: {plain_words(error)}", file=sys.stderr)
@@ -165,24 +163,6 @@ def _print_images(images: Images) -> None:
         print(f"{len(images.skipped)} skipped (log.txt names them all):", file=sys.stderr)
     for line in images.skipped[:SHOWN]:
         print(f"  {line}", file=sys.stderr)
-
-
-@contextmanager
-def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed; a second one ends the program at once."""
-    asked: list[int] = []
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-        print("stopping after this step; the training can be resumed", file=sys.stderr)
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ ORDER = [  # a module may import those above it only
     "diagnostics", "allocate", "extractors", "metrics", "faithfulness", "environment", "evaluate", "report",
     "model_card", "inputs", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
     "onnx_graph", "onnx_int8", "onnx_export", "semi_structured", "verify", "export",
-    "mask_commands", "pretrain_command", "export_commands", "__main__",
+    "terminal", "mask_commands", "pretrain_command", "export_commands", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,35 @@
+"""What the commands share: options, exit statuses, and Ctrl-C that stops after the step at hand."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
+
+RunsDir = Annotated[Path, typer.Option("--runs-dir", envvar="PRUNEDM_RUNS", help="folder of the runs")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on the last line")]
+
+
+@contextmanager
+def interruptions(work: str) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed while ``work`` goes on; a second one ends the program at once."""
+    asked: list[int] = []
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        print(f"stopping after this step; the {work} can be resumed", file=sys.stderr)
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, previous)
