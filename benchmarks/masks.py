@@ -16,19 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import architectures  # noqa: E402
 import torch  # noqa: E402
 
 from prunedm import data, learn, masked_unet, training, unet  # noqa: E402
 from prunedm.recipe import Train  # noqa: E402
 from prunedm.stage_recipes import Mask  # noqa: E402
 
-CIFAR10 = {  # the config of google/ddpm-cifar10-32
-    "sample_size": 32, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "norm_num_groups": 32,
-    "block_out_channels": (128, 256, 256, 256), "attention_head_dim": None, "downsample_padding": 0,
-    "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
 FOREVER = 10**6
 KINDS = {
     "gumbel": Mask(method="gumbel"),
@@ -42,12 +36,7 @@ KINDS = {
 
 
 def model(name: str) -> torch.nn.Module:
-    if name == "bundled":
-        return unet.load("bundled").unet
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    return UNet2DModel(**CIFAR10)
+    return unet.load("bundled").unet if name == "bundled" else architectures.build(name)
 
 
 def trainers(name: str, task: training.Task, kinds: list[str]) -> dict[str, training.Trainer]:

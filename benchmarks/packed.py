@@ -29,28 +29,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import architectures  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from prunedm import packed, pattern  # noqa: E402
 
-CONFIG = {
-    "sample_size": 32, "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "norm_num_groups": 32,
-    "block_out_channels": (128, 256, 256, 256), "attention_head_dim": None, "downsample_padding": 0,
-    "flip_sin_to_cos": False, "freq_shift": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
+CONFIG = architectures.CONFIGS["cifar10"]
 KINDS = {"float32": torch.float32, "float16": torch.float16, "int8": torch.float32}
 
 
 def sparse_model(target: float = 0.0) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A 2:4 state dict with random weights, after a prune to ``target`` of the parameters, and its patterns."""
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    unet = UNet2DModel(**CONFIG).eval()
+    unet = architectures.build("cifar10")
     if target:
         from prunedm import structured
         from prunedm.stage_recipes import Prune

@@ -14,77 +14,29 @@ import argparse
 import copy
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import architectures  # noqa: E402
 import numpy as np  # noqa: E402
-import psutil  # noqa: E402
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 from prunedm import structured, unet  # noqa: E402
+from prunedm.memory import PeakMemory  # noqa: E402
 from prunedm.stage_recipes import Prune  # noqa: E402
 
 BATCH = 8
-COMMON = {
-    "in_channels": 3, "out_channels": 3, "layers_per_block": 2, "norm_num_groups": 32, "attention_head_dim": None,
-    "downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
-}  # fmt: skip
-CONFIGS = {
-    "cifar10": COMMON | {
-        "sample_size": 32, "block_out_channels": (128, 256, 256, 256),
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    },
-    "celebahq": COMMON | {
-        "sample_size": 256, "block_out_channels": (128, 128, 256, 256, 512, 512),
-        "down_block_types": (*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4),
-    },
-}  # fmt: skip
-
-
-def model(name: str) -> nn.Module:
-    from diffusers import UNet2DModel
-
-    torch.manual_seed(0)
-    return UNet2DModel(**CONFIGS[name]).eval()
-
-
-class PeakMemory:
-    """The largest resident set of this process while the block runs, bytes, looked at every 5 ms."""
-
-    def __enter__(self) -> PeakMemory:
-        self.process, self.running = psutil.Process(), True
-        self.before = self.peak = self.process.memory_info().rss
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while self.running:
-            self.peak = max(self.peak, self.process.memory_info().rss)
-            time.sleep(0.005)
-
-    def __exit__(self, *error: object) -> None:
-        self.running = False
-        self.thread.join()
-
-    @property
-    def growth(self) -> int:
-        return self.peak - self.before
 
 
 def targets(name: str) -> None:
     for layout in ("free", "uniform"):
         for target in (0.3, 0.44, 0.6):
-            dense = model(name)
+            dense = architectures.build(name)
             size = 4 * unet.parameters(dense)
             began = time.perf_counter()
-            with PeakMemory() as memory:
+            with PeakMemory(torch.device("cpu")) as memory:
                 pruned, report = structured.prune(dense, Prune(target=target, layout=layout), 4, 0)
             seconds = time.perf_counter() - began
             with torch.no_grad():
@@ -104,7 +56,7 @@ def targets(name: str) -> None:
 
 @torch.no_grad()
 def latency(name: str, target: float, rounds: int, layout: str) -> None:
-    dense = model(name)
+    dense = architectures.build(name)
     pruned, report = structured.prune(copy.deepcopy(dense), Prune(target=target, layout=layout), 4, 0)
     x = torch.zeros(BATCH, *unet.image_shape(dense))
     t = torch.zeros(BATCH, dtype=torch.long)
@@ -138,7 +90,7 @@ def latency(name: str, target: float, rounds: int, layout: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["targets", "latency"])
-    parser.add_argument("--model", choices=list(CONFIGS), default="cifar10")
+    parser.add_argument("--model", choices=list(architectures.CONFIGS), default="cifar10")
     parser.add_argument("--layout", choices=["free", "uniform"], default="free")
     parser.add_argument("--target", type=float, default=0.44)
     parser.add_argument("--rounds", type=int, default=7)

@@ -10,23 +10,12 @@ from prunedm import unet as unets
 from prunedm.stage_recipes import Prune
 
 sys.path.insert(0, str(unets.bundled.ASSETS.parent / "benchmarks"))
-from structured import CONFIGS  # noqa: E402
-
-
-@pytest.fixture
-def built():
-    from diffusers import UNet2DModel
-
-    def make(name):
-        torch.manual_seed(0)
-        return UNet2DModel(**CONFIGS[name]).eval()
-
-    return make
+import architectures  # noqa: E402
 
 
 @pytest.mark.parametrize("target", [0.3, 0.44, 0.6])
-def test_targets_of_the_cifar_architecture_are_met(built, target):
-    unet = built("cifar10")
+def test_targets_of_the_cifar_architecture_are_met(target):
+    unet = architectures.build("cifar10")
     assert unets.parameters(unet) == 35_746_307
     pruned, report = structured.prune(unet, Prune(target=target), 4, 0)
     assert abs(report.reduction - target) <= 0.02 and report.reason == ""
@@ -34,9 +23,9 @@ def test_targets_of_the_cifar_architecture_are_met(built, target):
         assert pruned(torch.zeros(1, 3, 32, 32), torch.tensor([500])).sample.isfinite().all()
 
 
-def test_the_celebahq_architecture_is_pruned(built):
+def test_the_celebahq_architecture_is_pruned():
     """At 64 pixels, where a forward pass costs a sixteenth; its channels are the same."""
-    unet = built("celebahq")
+    unet = architectures.build("celebahq")
     assert unets.parameters(unet) == 113_673_219
     unet.register_to_config(sample_size=64)
     pruned, report = structured.prune(unet, Prune(target=0.4, layout="uniform"), 4, 0)
