@@ -147,28 +147,31 @@ def contenders(
                 found[name, "compile"] = None if laid is None else torch.compile(laid, dynamic=False)
         if "onnxruntime" in ways:
             given = onnx.get(name)
-            found[name, "onnxruntime"] = OnnxFile(given, image_shape(unet)) if isinstance(given, (str, Path)) else given
+            found[name, "onnxruntime"] = (
+                OnnxModel(given, image_shape(unet)) if isinstance(given, (str, Path)) else given
+            )
     return found
 
 
-class OnnxFile(nn.Module):
-    """An ONNX file in ONNX Runtime on the CPU, called like a UNet; as many threads as torch has.
+class OnnxModel(nn.Module):
+    """An ONNX model in ONNX Runtime on the CPU, called like a UNet; as many threads as torch has.
 
-    shape: (C, H, W) of its images. Its first input is the image, its second the timesteps. ValueError when the
-    file is missing or is no ONNX model.
+    source: its file, or its bytes. shape: (C, H, W) of its images. Its first input is the image, its second the
+    timesteps. ValueError when the file is missing or is no ONNX model.
     """
 
-    def __init__(self, path: str | Path, shape: tuple[int, int, int]) -> None:
+    def __init__(self, source: str | Path | bytes, shape: tuple[int, int, int]) -> None:
         import onnxruntime
 
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        given, name = (source, "the file") if isinstance(source, bytes) else (str(source), source)
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except _onnx_errors() as error:
-            raise ValueError(f"{path} is not a readable ONNX model; export it again ({_line(error)})") from error
+            raise ValueError(f"{name} is not a readable ONNX model; export it again ({_line(error)})") from error
         self.names = [value.name for value in self.session.get_inputs()]
         self.config = SimpleNamespace(in_channels=shape[0], sample_size=shape[1:])
         self.place = nn.Parameter(torch.zeros(1), requires_grad=False)

@@ -12,13 +12,13 @@ import json
 import tempfile
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import data, environment, latency, onnx_graph, onnx_int8
+from .latency import OnnxModel
 from .onnx_graph import OnnxError
 from .recipe import Data
 from .store import write_atomic, write_json
@@ -34,26 +34,6 @@ CHECKED_BATCHES = (1, 3)
 CHECKED_INPUTS = 16  # noisy inputs over which the error of int8 is taken
 LARGEST = 2**31 - 2**20  # bytes; an ONNX file is one protobuf message of less than 2 GiB
 INT8 = ("none", *onnx_int8.METHODS)
-
-
-class Session(nn.Module):
-    """An ONNX model in ONNX Runtime on the CPU, called like a UNet; as many threads as torch has."""
-
-    def __init__(self, content: bytes, shape: tuple[int, int, int]) -> None:
-        import onnxruntime
-
-        super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        # What latency.measure asks of a UNet: a parameter for device and dtype, and the shape of its images.
-        self.config = SimpleNamespace(in_channels=shape[0], sample_size=shape[1:])
-        self.place = nn.Parameter(torch.zeros(1), requires_grad=False)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """``[B, C, H, W]`` and ``[B]`` to ``[B, C', H, W]``."""
-        return torch.from_numpy(self.session.run(None, {"sample": x.numpy(), "timestep": t.numpy()})[0])
 
 
 def write(
@@ -74,14 +54,14 @@ def write(
     record: dict[str, Any] = {"schema": SCHEMA, "format": "onnx", "file": path.name, **(origin or {})}
     record |= {"opset": OPSET, "int8": int8, "patterns": patterns, "tolerance": TOLERANCE}
     sessions: dict[str, nn.Module] = {"torch eager": model.unet}
-    sessions["onnxruntime fp32"] = Session(floats.SerializeToString(), model.image_shape)
+    sessions["onnxruntime fp32"] = OnnxModel(floats.SerializeToString(), model.image_shape)
     record["difference_from_torch"] = check(model, sessions["onnxruntime fp32"])
     made = floats
     if int8 != "none":
         images = onnx_int8.images_of(model, data_spec)
         x, t, where = onnx_int8.noisy_inputs(model, onnx_int8.IMAGES, "calibration", images)
         made = _with_claims(onnx_int8.METHODS[int8](floats, (x, t)), patterns)
-        sessions[f"onnxruntime int8 {int8}"] = Session(made.SerializeToString(), model.image_shape)
+        sessions[f"onnxruntime int8 {int8}"] = OnnxModel(made.SerializeToString(), model.image_shape)
         record["int8_error"] = int8_error(model, *list(sessions.values())[1:], images)
         if int8 == "static":
             record["calibration"] = where
@@ -129,7 +109,7 @@ def _with_claims(made: ModelProto, patterns: dict[str, str]) -> ModelProto:
 
 
 @torch.no_grad()
-def check(model: Diffusion, session: Session) -> dict[str, float]:
+def check(model: Diffusion, session: OnnxModel) -> dict[str, float]:
     """Largest absolute difference from torch at each checked batch size; OnnxError where it is too large."""
     found = {}
     for batch in CHECKED_BATCHES:
@@ -144,7 +124,7 @@ def check(model: Diffusion, session: Session) -> dict[str, float]:
     return found
 
 
-def int8_error(model: Diffusion, floats: Session, small: Session, images: data.Images | None) -> dict[str, Any]:
+def int8_error(model: Diffusion, floats: OnnxModel, small: OnnxModel, images: data.Images | None) -> dict[str, Any]:
     """How far int8 is from fp32, on inputs that calibration did not see.
 
     largest and mean: absolute differences. relative_rms: root mean square of the difference over that of the

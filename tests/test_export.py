@@ -13,7 +13,19 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from prunedm import export, maskfile, onnx_export, onnx_graph, packed, pattern, semi_structured, store, unet, verify
+from prunedm import (
+    export,
+    latency,
+    maskfile,
+    onnx_export,
+    onnx_graph,
+    packed,
+    pattern,
+    semi_structured,
+    store,
+    unet,
+    verify,
+)
 from prunedm.__main__ import main
 from prunedm.masked_unet import MaskedUNet
 from prunedm.pruned_unet import build
@@ -223,11 +235,11 @@ def test_pruned_unets_of_free_widths_become_onnx(runs, tmp_path):
 
 
 def test_a_file_that_differs_from_torch_is_not_written(source, tmp_path, monkeypatch):
-    class Shifted(onnx_export.Session):
+    class Shifted(latency.OnnxModel):
         def forward(self, x, t):
             return super().forward(x, t) + (0.002 if len(x) == 3 else 0)
 
-    monkeypatch.setattr(onnx_export, "Session", Shifted)
+    monkeypatch.setattr(onnx_export, "OnnxModel", Shifted)
     with pytest.raises(onnx_graph.OnnxError, match=r"differs from torch by 2\.0.e-03 at batch 3"):
         onnx_export.write(source.model, source.patterns, tmp_path / "m.onnx", rounds=1)
     assert not list(tmp_path.iterdir())

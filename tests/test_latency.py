@@ -125,8 +125,8 @@ def test_onnx_runtime_is_timed_where_a_file_or_a_session_was_given(tmp_path):
     unet = make_unet()
     path = tmp_path / "unet.onnx"
     path.write_bytes(onnx_export.build(unet, {}).SerializeToString())
-    session = onnx_export.Session(path.read_bytes(), (1, 8, 8))
-    opened = latency.OnnxFile(path, (1, 8, 8))
+    session = latency.OnnxModel(path.read_bytes(), (1, 8, 8))
+    opened = latency.OnnxModel(path, (1, 8, 8))
     x, t = latency.example(unet, 2)
     with torch.no_grad():
         assert torch.allclose(opened(x, t), unet(x, t).sample, atol=1e-3)
@@ -140,7 +140,7 @@ def test_onnx_runtime_is_timed_where_a_file_or_a_session_was_given(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     for name in ("broken.onnx", "missing.onnx"):
         with pytest.raises(ValueError, match=rf"{name} is not a readable ONNX model; export it again") as caught:
-            latency.OnnxFile(tmp_path / name, (1, 8, 8))
+            latency.OnnxModel(tmp_path / name, (1, 8, 8))
         assert "\n" not in str(caught.value)
 
 
