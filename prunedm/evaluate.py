@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import bundled, data, diffusion, latency, metrics, pattern, pictures, unet
+from . import bundled, data, diffusion, extractors, latency, metrics, pattern, pictures, unet
 from .recipe import Eval, Recipe
 from .records import Evaluation, Step
 from .seeds import derive
@@ -64,7 +64,7 @@ def quality(
     yield {
         "validation_loss": loss,
         "fid": metrics.frechet_distance(metrics.statistics(torch.cat(features)), reference),
-        "fid_extractor": metrics.EXTRACTOR_LABELS[settings.extractor],
+        "fid_extractor": extractors.EXTRACTOR_LABELS[settings.extractor],
         "fid_images": settings.images,
     }
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import bundled, maskfile, model_card, onnx_export, packed, pattern, semi_structured, store, unet, verify
+from .pruned_unet import public
 from .recipe import Data
 from .stage_recipes import Pattern
 from .store import MASKS, VARIANT_RECORD, write_atomic
@@ -214,19 +215,14 @@ def write_packed(source: Source, out: Path, dtype: str, int8: str = "none") -> d
     """One packed file with all that :func:`prunedm.unet.load_packed` needs; returns a summary of it."""
     scheduler = source.model.scheduler
     config = {
-        "unet": _plain(source.model.unet.config),
-        "scheduler": {"_class_name": type(scheduler).__name__} | _plain(scheduler.config),
+        "unet": public(source.model.unet.config),
+        "scheduler": {"_class_name": type(scheduler).__name__} | public(scheduler.config),
         "record": source.record,
     }
     held = None if int8 == "weights" else DTYPES[dtype]
     manifest = packed.write(out, source.model.unet.state_dict(), source.patterns, config, held, int8 == "weights")
     summary = {"format": "packed", "file": out.name, "bytes": out.stat().st_size, "sha256": manifest["sha256"]}
     return summary | {"dtype": dtype, "int8": int8, "patterns": source.patterns} | source.origin
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """A diffusers config without what is private to diffusers (names that begin with ``_``)."""
-    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 def write_semi_structured(source: Source, out: Path, dtype: str, measured: dict[str, Any] | None) -> dict[str, Any]:

@@ -20,17 +20,10 @@ import torch
 from torch import Tensor
 
 from . import extractors
-from .bundled import FEATURE_NETWORK, REFERENCE
-from .extractors import EXTRACTOR_LABELS, FEATURES, SIDE, Extractor, FeatureNetwork, feature_network, labels
+from .bundled import REFERENCE
+from .extractors import Extractor
 from .seeds import derive, generator
 from .store import write_atomic
-
-__all__ = [
-    "EXTRACTOR_LABELS", "FEATURES", "FEATURE_NETWORK", "REFERENCE", "SIDE", "Extractor", "FeatureNetwork", "Kid",
-    "bootstrap_interval", "extract", "feature_network", "few_images_warning", "fid_from_features", "frechet_distance",
-    "halves", "inception_score", "kid", "labels", "measure", "noise_floor", "precision_recall", "read_statistics",
-    "reference_features", "reference_statistics", "statistics", "write_statistics",
-]  # fmt: skip
 
 Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
 NARROW = 256  # features up to which torch-fidelity's general eigenvalues take under a second

@@ -33,12 +33,17 @@ class PrunedUNet(UNet2DModel):
         return unet if torch_dtype is None else unet.to(torch_dtype)
 
 
+def public(config: Any) -> dict[str, Any]:
+    """A diffusers config without what is private to diffusers (names that begin with ``_``)."""
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
 def build(config: dict[str, Any], tensors: dict[str, Tensor], kind: type[UNet2DModel] = UNet2DModel) -> UNet2DModel:
     """A UNet of this config and these weights, pruned or not, float32 and in evaluation mode.
 
     Layers take the shapes of ``tensors``; RuntimeError when the names do not fit.
     """
-    unet = kind.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+    unet = kind.from_config(public(config))
     fit_shapes(unet, tensors)
     unet.load_state_dict({key: value.float() for key, value in tensors.items()})
     return unet.eval()

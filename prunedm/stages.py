@@ -18,7 +18,7 @@ from .inputs import load_inputs, rounding
 from .learn import FixedMasks
 from .mask_stage import MaskStage
 from .progress import MetricsWriter
-from .pruned_unet import build
+from .pruned_unet import build, public
 from .recipe import Recipe
 from .records import STAGES, Step
 from .stage_recipes import CALIBRATED, FIXED_METHODS
@@ -124,8 +124,7 @@ class Pipeline:
         )
         self.model.unet = pruned
         record = found.as_dict() | {"round": number, "rounds": spec.rounds}
-        config = {key: value for key, value in pruned.config.items() if not key.startswith("_")}
-        self.run.save_checkpoint("pruned", pruned.state_dict(), record | {"config": config})
+        self.run.save_checkpoint("pruned", pruned.state_dict(), record | {"config": public(pruned.config)})
         self.run.drop_checkpoint("prune")
         self.run.event("pruned", report=record)
         if found.reason:

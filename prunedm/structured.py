@@ -113,9 +113,7 @@ def prune(
     if spec.layout == "uniform":
         unet, details["time_embedding_residual"] = uniform.rebuild(unet, train_timesteps)
         details["block_out_channels"] = list(unet.config.block_out_channels)
-    return unet, _report(
-        spec, unet, dense, groups, widths, most, details, {"before": dense.eligibility, "after": eligibility(unet, m)}
-    )
+    return unet, _report(spec, unet, dense, groups, widths, most, details, m)
 
 
 def round_of(spec: Prune, number: int) -> Prune:
@@ -172,17 +170,14 @@ def _measure(
         whole, now, positions = dense.macs, macs(unet), layer_positions(unet)
         return lambda widths: 1 - (now - removed_macs(unet, groups, widths, positions)) / whole
     whole, now = dense.parameters, parameters(unet)
-    if spec.layout == "uniform":
-        return lambda widths: (
-            1
-            - (
-                now
-                - removed_parameters(groups, widths)
-                + uniform.added_parameters(unet, groups, widths, train_timesteps)
-            )
-            / whole
-        )
-    return lambda widths: 1 - (now - removed_parameters(groups, widths)) / whole
+
+    def reduction(widths: Widths) -> float:
+        left = now - removed_parameters(groups, widths)
+        if spec.layout == "uniform":
+            left += uniform.added_parameters(unet, groups, widths, train_timesteps)
+        return 1 - left / whole
+
+    return reduction
 
 
 @torch.no_grad()
@@ -208,7 +203,7 @@ def _report(
     widths: Widths,
     most: float,
     details: dict[str, Any],
-    eligible: dict[str, dict[str, int]],
+    m: int,
 ) -> PruneReport:
     after, macs_after = parameters(unet), macs(unet)
     reduction = 1 - after / dense.parameters
@@ -223,6 +218,7 @@ def _report(
         for g, w in zip(groups, widths, strict=True)
     ]
     reason = _missed(spec, groups, most, achieved)
+    eligible = {"before": dense.eligibility, "after": eligibility(unet, m)}
     return PruneReport(
         *(spec.method, spec.target, spec.of, achieved, spec.layout, reduction, dense.parameters, after),
         *(dense.macs, macs_after, rows, eligible, reason, details),

@@ -177,8 +177,10 @@ def follows_config(unet: nn.Module) -> bool:
     """Whether the config alone would build these widths, so that plain diffusers loads the weights."""
     from diffusers import UNet2DModel
 
+    from .pruned_unet import public
+
     with torch.device("meta"):
-        wanted = UNet2DModel.from_config({k: v for k, v in unet.config.items() if not k.startswith("_")})
+        wanted = UNet2DModel.from_config(public(unet.config))
     shapes = {name: p.shape for name, p in wanted.named_parameters()}
     return all(shapes.get(name) == p.shape for name, p in unet.named_parameters())
 
@@ -263,9 +265,11 @@ def _scheduler(config: dict[str, Any]) -> Any:
     """The scheduler of a config; KeyError names a class that is not supported."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
+    from .pruned_unet import public
+
     classes = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
     chosen = classes[config.get("_class_name", "DDPMScheduler")]
-    return chosen.from_config({key: value for key, value in config.items() if key[0] != "_"})
+    return chosen.from_config(public(config))
 
 
 def _line(error: BaseException) -> str:

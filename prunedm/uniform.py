@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .channel_groups import ChannelGroup
+from .pruned_unet import public
 from .unet import image_shape
 
 RESIDUAL = 1e-5  # relative residual that the cut table may leave
@@ -42,16 +43,15 @@ def units(unet: nn.Module, groups: list[ChannelGroup], train_timesteps: int) -> 
         for level in levels[1:]:
             joined = [joined[levels[0]] if j == joined[level] else j for j in joined]
     found = [joined[level_of(group.members[0], len(widths))] for group in groups]
-    least = least_width(unet, train_timesteps)
+    least, held_units = least_width(unet, train_timesteps), {joined[level] for level in _held_levels(unet, groups)}
     for unit in set(found):
         members = [group for group, of in zip(groups, found) if of == unit]
         step = math.lcm(*(group.step for group in members))
         needed = least if unit == joined[0] else 0
-        held = any(joined[level] == unit for level in _held_levels(unet, groups))
         for group in members:
             group.step = step
             narrowest = max(step, math.ceil(needed / step) * step)
-            group.least = group.width if held else min(group.width, narrowest)
+            group.least = group.width if unit in held_units else min(group.width, narrowest)
     return found
 
 
@@ -87,7 +87,7 @@ def fits(unet: nn.Module, groups: list[ChannelGroup], widths: list[int]) -> bool
     for group, width in zip(groups, widths):
         for name in group.members:
             levels[level_of(name, len(levels))] = width
-    config = {k: v for k, v in unet.config.items() if not k.startswith("_")} | {"block_out_channels": levels}
+    config = public(unet.config) | {"block_out_channels": levels}
     with torch.device("meta"):
         built = UNet2DModel.from_config(config)
     return set(built.state_dict()) == set(unet.state_dict())
@@ -130,7 +130,7 @@ def rebuild(unet: nn.Module, train_timesteps: int) -> tuple[nn.Module, float]:
     keep = widths[0]
     root = s[:keep].sqrt()
     linear = unet.time_embedding.linear_1
-    config = {k: v for k, v in unet.config.items() if not k.startswith("_")} | {
+    config = public(unet.config) | {
         "block_out_channels": widths,
         "time_embedding_type": "learned",
         "time_embedding_dim": linear.out_features,

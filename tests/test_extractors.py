@@ -10,7 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from prunedm import bundled, extractors, metrics
+from prunedm import bundled, extractors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -169,7 +169,7 @@ def test_unknown_names_and_colours_give_one_line():
 
 
 def test_no_other_extractors_figure_has_inceptions_name():
-    assert metrics.EXTRACTOR_LABELS == {
+    assert extractors.EXTRACTOR_LABELS == {
         "bundled": "FD-fashion", "inception": "FID", "efficientnet-lite0": "FD-efficientnet-lite0",
     }  # fmt: skip
     assert {"FID", "KID", "ISC", "precision", "recall"} == set(extractors.labels("inception").values())

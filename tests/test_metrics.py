@@ -16,7 +16,7 @@ class Bundled(FeatureExtractorBase):
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)
-        self.network = metrics.feature_network()
+        self.network = extractors.feature_network()
 
     @staticmethod
     def get_provided_features_list():
@@ -292,7 +292,7 @@ def test_the_shipped_reference_is_that_of_the_training_images(images):
 def test_the_feature_network_knows_garments(images):
     _, labels = data.load_bundled_labels()
     with torch.no_grad():
-        found = torch.cat([metrics.feature_network()(x).argmax(1) for x in images.held_out.split(500)])
+        found = torch.cat([extractors.feature_network()(x).argmax(1) for x in images.held_out.split(500)])
     assert (found == labels).float().mean() >= 0.91
 
 

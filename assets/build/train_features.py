@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from safetensors.torch import save_file
 
-from prunedm import data, metrics
+from prunedm import bundled, data, extractors, metrics
 from prunedm.seeds import generator
 
 SEED, EPOCHS, BATCH, PEAK_RATE = 0, 16, 128, 4e-3
@@ -33,16 +33,16 @@ def augment(images: torch.Tensor, gen: torch.Generator) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(network: metrics.FeatureNetwork, images: torch.Tensor, labels: torch.Tensor) -> float:
+def accuracy(network: extractors.FeatureNetwork, images: torch.Tensor, labels: torch.Tensor) -> float:
     network.eval()
     hits = [(network(x).argmax(1) == y).float().sum() for x, y in zip(images.split(500), labels.split(500))]
     return (torch.stack(hits).sum() / len(images)).item()
 
 
-def train() -> metrics.FeatureNetwork:
+def train() -> extractors.FeatureNetwork:
     torch.manual_seed(SEED)
     images, (labels, held_labels) = data.load_bundled(), data.load_bundled_labels()
-    network = metrics.FeatureNetwork()
+    network = extractors.FeatureNetwork()
     per_epoch = len(images.train) // BATCH
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_RATE, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, EPOCHS * per_epoch)
@@ -65,8 +65,8 @@ def train() -> metrics.FeatureNetwork:
 
 if __name__ == "__main__":
     trained = train()
-    save_file(trained.state_dict(), metrics.FEATURE_NETWORK)
-    metrics.feature_network.cache_clear()
+    save_file(trained.state_dict(), bundled.FEATURE_NETWORK)
+    extractors.feature_network.cache_clear()
     real = metrics.extract(data.load_bundled().train.split(500))
-    metrics.write_statistics(metrics.REFERENCE, metrics.statistics(real))
-    print(f"written: {metrics.FEATURE_NETWORK}, {metrics.REFERENCE}")
+    metrics.write_statistics(bundled.REFERENCE, metrics.statistics(real))
+    print(f"written: {bundled.FEATURE_NETWORK}, {bundled.REFERENCE}")
