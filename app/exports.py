@@ -70,9 +70,9 @@ class Exports:
 
 
 def _work(run: Run, variant: str, kind: str, dtype: str, int8: str, path: Path) -> dict[str, Any]:
-    from prunedm import export, verify
+    from prunedm import export, subject, verify
 
-    source = export.find(run.id, variant, run.folder.parent, verify.parse(READ_AS))
+    source = subject.find(run.id, variant, run.folder.parent, verify.parse(READ_AS))
     record = export.write(source, kind, path, dtype, int8)
     if path.is_dir():
         part = shutil.make_archive(str(path.with_name(f".{path.name}.part")), "zip", path.parent, path.name)

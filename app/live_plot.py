@@ -13,7 +13,7 @@ from pathlib import Path
 import plotly
 import streamlit as st
 
-from app.charts import Figure
+from prunedm.charts import Figure
 
 STATIC = Path(__file__).parent / "static" / "plotly.min.js"
 SOURCE = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"

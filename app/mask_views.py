@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from app import charts, lab, parts
+from app import lab, parts
 from app.live_plot import live_plot
-from prunedm import snapshots
+from prunedm import charts, snapshots
 from prunedm.store import MASK_LAYERS, Run, stage_step
 
 FIGURES = {

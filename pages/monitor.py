@@ -4,8 +4,9 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import charts, lab, mask_views, parts
+from app import lab, mask_views, parts
 from app.live_plot import live_plot
+from prunedm import charts
 from prunedm.records import RESUMABLE, STAGE_LABELS
 from prunedm.store import Run, stage_step
 

@@ -1,4 +1,5 @@
-"""The command line: ``python -m prunedm run|resume|ls|show|doctor|masks|pretrain|export|verify``.
+"""The command line: ``python -m prunedm run|resume|ls|show|doctor|masks|pretrain|export|verify`` and
+``evaluate|compare|report``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import export_commands, mask_commands, pretrain_command
+from . import export_commands, judge_commands, mask_commands, pretrain_command
 from .terminal import BAD_INPUT, FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ app = typer.Typer(
 
 app.add_typer(mask_commands.app, name="masks")
 app.command()(pretrain_command.pretrain)
+app.command()(judge_commands.evaluate)
+app.command()(judge_commands.compare)
+app.command()(judge_commands.report)
 app.command()(export_commands.export)
 app.command()(export_commands.verify)
 
@@ -264,7 +268,7 @@ def _shown(value: Any, form: str) -> str:
 def _console():
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, emoji=False)
 
 
 def main(arguments: list[str] | None = None) -> int:

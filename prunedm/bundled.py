@@ -42,5 +42,9 @@ def quality(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.model.source != NAME or recipe.data.source != NAME:
         return None
     found = evaluation(recipe.eval)
-    keys = ("validation_loss", "fid", "fid_extractor", "fid_images")
-    return {key: found[key] for key in keys} if found else None
+    return figures(found) if found else None
+
+
+def figures(found: dict[str, Any]) -> dict[str, Any]:
+    """A shipped evaluation's figures of quality."""
+    return {key: value for key, value in found.items() if key not in ("parameters", "macs")}

@@ -8,11 +8,12 @@ seed: runs of several seeds are judged on the same images.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 import zlib
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,14 @@ class Images:
     @property
     def shape(self) -> Shape:
         return tuple(self.train.shape[1:])
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all images, train and held out."""
+        found = hashlib.sha256(str((self.train.shape, self.held_out.shape)).encode())
+        for part in (self.train, self.held_out):
+            found.update(part.contiguous().numpy())
+        return found.hexdigest()
 
 
 def to_float(images: Tensor, device: str | torch.device = "cpu") -> Tensor:

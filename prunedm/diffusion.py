@@ -7,7 +7,7 @@ are those of diffusers; this module only fixes where each random number comes fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -191,12 +191,16 @@ def validation_loss(denoiser: Denoiser, batches: list[NoisedBatch]) -> float:
     return per_image_losses(denoiser, batches).mean().item()
 
 
-def losses_by_bin(denoiser: Denoiser, batches: list[NoisedBatch], steps: int) -> tuple[float, list[float | None]]:
-    """:func:`validation_loss`, and that of each timestep bin, the cleanest first; None where no image fell."""
-    errors = per_image_losses(denoiser, batches).cpu()
+def by_bin(errors: Tensor, batches: list[NoisedBatch], steps: int) -> list[float | None]:
+    """Mean of :func:`per_image_losses` in each timestep bin, the cleanest first; None where no image fell."""
     bins = bin_of(torch.cat([batch.t for batch in batches]).cpu(), steps)
-    by_bin = [errors[bins == b].mean().item() if (bins == b).any() else None for b in range(TIMESTEP_BINS)]
-    return errors.mean().item(), by_bin
+    return [errors[bins == b].mean().item() if (bins == b).any() else None for b in range(TIMESTEP_BINS)]
+
+
+def losses_by_bin(denoiser: Denoiser, batches: list[NoisedBatch], steps: int) -> tuple[float, list[float | None]]:
+    """:func:`validation_loss`, and that of each timestep bin."""
+    errors = per_image_losses(denoiser, batches).cpu()
+    return errors.mean().item(), by_bin(errors, batches, steps)
 
 
 def make_sampler(name: str, scheduler, steps: int):
@@ -256,14 +260,6 @@ def sample(
         prediction = unet(stepper.scale_model_input(x, t), t).sample.float()
         x = stepper.step(prediction, t, x, generator=generators, **options).prev_sample
     return x.clamp(-1, 1)
-
-
-def sample_stream(
-    unet, scheduler, image_seeds: list[int], sampler: str, steps: int, batch_size: int = 64, eta: float = 0.0
-) -> Iterator[Tensor]:
-    """:func:`sample` in batches, as uint8 ``[B, C, H, W]`` on the CPU."""
-    for start in range(0, len(image_seeds), batch_size):
-        yield to_uint8(sample(unet, scheduler, image_seeds[start : start + batch_size], sampler, steps, eta))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,162 +1,173 @@
-"""The judge of a run: the same figures, by the same seeds, for each variant.
+"""All figures of a model, and the last stage of a run: its variants judged by the same seeds and timed in turn.
 
-The bundled dense model's quality figures ship with the assets, so no run computes them again; its
-latency is always measured here, interleaved with that of the other variants.
+The bundled dense model's quality figures ship with the assets, so no run computes them again; its latency is
+always measured here, interleaved with that of the other variants.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from . import bundled, data, diffusion, extractors, latency, metrics, pattern, pictures, unet
-from .recipe import Eval, Recipe
-from .records import Evaluation, Step
-from .seeds import derive
+from . import bundled, data, latency, pattern, sizes, subject, unet
+from .masked_unet import EXCLUDED
+from .quality import Judge, Target
+from .recipe import Recipe
+from .records import Evaluation, LayerReport, Step
 from .stage_recipes import parse_pattern
-from .store import VARIANT_RECORD, Run, read_json, write_atomic
-
-VALIDATION_IMAGES, VALIDATION_BATCH, SAMPLE_BATCH, SHEET = 512, 128, 64, 64
+from .store import Run, write_atomic
 
 
-def image_seeds(seed: int, count: int) -> list[int]:
-    """The noise seeds of the evaluation's images, the same for every variant."""
-    return [derive(seed, "evaluation", i) for i in range(count)]
-
-
-def counts(model: torch.nn.Module, folder: Path) -> Evaluation:
-    """Sizes of a saved variant."""
-    return Evaluation(
-        parameters=unet.parameters(model),
-        nonzero_parameters=unet.nonzero_parameters(model),
-        macs=unet.macs(model),
-        bytes=unet.weight_bytes(folder),
+# --- sizes and sparsity ------------------------------------------------------------------------
+def counts(target: Target) -> Evaluation:
+    """Sizes of a model on disk, and MACs."""
+    net = target.model.unet
+    found = Evaluation(
+        parameters=unet.parameters(net),
+        nonzero_parameters=unet.nonzero_parameters(net),
+        macs=unet.macs(net),
+        bytes=unet.weight_bytes(target.place),
     )
+    weights = subject.layer_weights(net)
+    kept = {n: text for n, text in target.patterns.items() if subject.keeps(weights[n], parse_pattern(text))}
+    found.sizes = sizes.stored(net, kept)
+    if target.patterns:
+        found.macs_sparse = sparse_macs(net, target.patterns)
+    return found
 
 
-def quality(
-    model: torch.nn.Module, scheduler, settings: Eval, images: data.Images, sheet: Path, info: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Validation loss and Frechet distance; yields once a batch, the figures in the last yield."""
-    device = next(model.parameters()).device
-    held_out = data.to_float(images.held_out[:VALIDATION_IMAGES], device)
-    batches = diffusion.validation_batches(scheduler, held_out, VALIDATION_IMAGES, VALIDATION_BATCH, settings.seed)
-    loss = diffusion.validation_loss(lambda x, t: model(x, t).sample, batches)
-    yield {}
-    seeds = image_seeds(settings.seed, settings.images)
-    how = (settings.sampler, settings.steps, SAMPLE_BATCH, settings.eta)
-    stream = diffusion.sample_stream(model, scheduler, seeds, *how)
-    features, shown = [], []
-    for batch in stream:
-        features.append(metrics.extract([batch], str(device)))
-        if sum(map(len, shown)) < SHEET:
-            shown.append(batch)
-        yield {}
-    info = info | {"sampler": settings.sampler, "steps": settings.steps, "seed": settings.seed}
-    if settings.eta:
-        info["eta"] = settings.eta
-    write_atomic(sheet, pictures.sheet_png(torch.cat(shown)[:SHEET], info))
-    reference = metrics.reference_statistics(images.train, images.is_bundled, str(device))
-    yield {
-        "validation_loss": loss,
-        "fid": metrics.frechet_distance(metrics.statistics(torch.cat(features)), reference),
-        "fid_extractor": extractors.EXTRACTOR_LABELS[settings.extractor],
-        "fid_images": settings.images,
-    }
-
-
-def quality_steps(settings: Eval) -> int:
-    """How many times :func:`quality` yields."""
-    return 2 + -(-settings.images // SAMPLE_BATCH)
-
-
-def sparsity(run: Run) -> dict[str, Any]:
-    """Compliance of the N:M variant, read from its saved file and not from memory."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(run.variant("nm") / "unet" / unet.WEIGHTS)
-    layers = run.layers()
-    masked = [layer for layer in layers if layer["eligible"]]
-    good = sum(
-        layer["groups"] * pattern.compliance(tensors[f"{layer['layer']}.weight"], *parse_pattern(layer["pattern"]))
-        for layer in masked
-    )
-    total = sum(layer["groups"] for layer in masked)
+def sparsity(net: nn.Module, patterns: dict[str, str]) -> dict[str, Any]:
+    """Compliance of a model with the patterns of its layers; nothing where there are none."""
+    if not patterns:
+        return {}
+    rows = layer_rows(net, patterns)
+    masked = [row for row in rows if row.eligible]
+    good = sum(row.groups * row.compliance for row in masked)
+    found = sorted(set(patterns.values()))
     return {
-        "pattern": read_json(run.variant("nm") / VARIANT_RECORD)["pattern"],
-        "compliance": round(good) / total,
+        "pattern": found[0] if len(found) == 1 else f"mixed ({', '.join(found)})",
+        "compliance": round(good) / sum(row.groups for row in masked),
         "masked_layers": len(masked),
-        "skipped_layers": [
-            {"layer": layer["layer"], "reason": layer["reason"]} for layer in layers if not layer["eligible"]
-        ],
+        "skipped_layers": [{"layer": row.layer, "reason": row.reason} for row in rows if not row.eligible],
     }
 
 
-def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device) -> Iterator[Step]:
-    """Evaluate each variant that is not yet in ``evaluation.json``, then time all together."""
-    names, results = run.variants(), run.evaluation()
-    each = quality_steps(recipe.eval)
-    total, done = each * len(names) + latency.ROUNDS, 0
-    models = {name: unet.load(str(run.variant(name))) for name in names}
-    for name in names:
-        model = models[name].unet.to(device)
-        if name not in results:
-            figures = counts(model, run.variant(name))
-            shipped = bundled.quality(recipe) if name == "dense" else None
-            if shipped is not None:
-                write_atomic(run.sheet(name), bundled.sheet(recipe.eval).read_bytes())
-                found = shipped
-            else:
-                sheet = run.sheet(name)
-                scheduler = models[name].scheduler
-                for i, found in enumerate(
-                    quality(model, scheduler, recipe.eval, images, sheet, {"run": run.id, "variant": name})
-                ):
-                    yield Step("evaluate", done + i + 1, total)
-            if name == "nm":
-                found = found | sparsity(run)
-            results[name] = dataclasses.replace(figures, **found).as_dict()
-            run.write_evaluation(results)
-        done += each
-        yield Step("evaluate", done, total)
-    for timed in latency.measure({name: models[name].unet for name in names}):
-        done += 1
-        yield Step("evaluate", done, total)
-    for name, figure in timed.items():
-        results[name] |= {
-            "latency_ms": figure.median,
-            "latency_ms_p10": figure.p10,
-            "latency_ms_p90": figure.p90,
-            "device": figure.device,
-            "dtype": figure.dtype,
-            "batch": figure.batch,
-        }
-    if "nm" in results:
-        results["nm"]["macs_sparse"] = sparse_macs(models["nm"].unet, run.layers())
-    run.write_evaluation(results)
+def layer_rows(net: nn.Module, patterns: dict[str, str]) -> list[LayerReport]:
+    """Every conv and linear layer, from the weights themselves: masked under which pattern, or dense and why."""
+    return [_layer_row(name, weight, patterns.get(name)) for name, weight in subject.layer_weights(net).items()]
 
 
-def sparse_macs(model: torch.nn.Module, layers: list[dict[str, Any]]) -> int:
+def _layer_row(name: str, weight: Tensor, text: str | None) -> LayerReport:
+    kind, shape = ("conv" if weight.ndim == 4 else "linear"), list(weight.shape)
+    density = pattern.density(weight)
+    if text is None:
+        excluded = next((why for prefix, why in EXCLUDED.items() if name.startswith(prefix)), None)
+        reason = excluded or pattern.ineligible(weight.shape, 4) or "not masked"
+        return LayerReport(name, kind, shape, False, reason, density=density)
+    n, m = parse_pattern(text)
+    groups = pattern.group(weight, m)
+    shares = pattern.set_shares(groups, n)
+    return LayerReport(
+        name,
+        kind,
+        shape,
+        True,
+        "",
+        groups=len(groups),
+        tensor_core_ready=pattern.tensor_core_ready(weight.shape),
+        compliance=pattern.compliance(weight, n, m),
+        density=density,
+        position_balance=[round(share, 4) for share in pattern.position_balance(groups).tolist()],
+        pattern=text,
+        pattern_shares=None if shares is None else [round(share, 4) for share in shares.tolist()],
+    )
+
+
+def sparse_macs(net: nn.Module, patterns: dict[str, str]) -> int:
     """Theoretical MACs of one image where hardware skips the pruned weights of the masked layers."""
-    patterns = {layer["layer"]: parse_pattern(layer["pattern"]) for layer in layers if layer["eligible"]}
     skipped, hooks = [], []
 
     def counter(share: float):
-        def count(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        def count(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             weight = module.weight
             uses = output[0].numel() // weight.shape[0]  # of each weight, for one image
             skipped.append(weight.numel() * uses * share)
 
         return count
 
-    for name, module in model.named_modules():
+    for name, module in net.named_modules():
         if name in patterns:
-            hooks.append(module.register_forward_hook(counter(1 - patterns[name].density)))
-    dense = unet.macs(model)
+            hooks.append(module.register_forward_hook(counter(1 - parse_pattern(patterns[name]).density)))
+    dense = unet.macs(net)
     for hook in hooks:
         hook.remove()
     return round(dense - sum(skipped))
+
+
+# --- speed -------------------------------------------------------------------------------------
+def speed_figures(rows: list[latency.Speed], session: str) -> dict[str, dict[str, Any]]:
+    """Variant to its rows, and to the plain figures of an eager call at the batch size nearest to latency.BATCH."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row.variant for row in rows):
+        own = [row for row in rows if row.variant == name]
+        found[name] = {"speed": [row.as_dict() for row in own], "speed_session": session}
+        calls = [row.call for row in own if row.way == "eager" and row.call is not None]
+        if calls:
+            call = min(calls, key=lambda c: abs(c.batch - latency.BATCH))
+            found[name] |= {"latency_ms": call.median, "latency_ms_p10": call.p10, "latency_ms_p90": call.p90}
+            found[name] |= {"device": call.device, "dtype": call.dtype, "batch": call.batch}
+    return found
+
+
+def new_session() -> str:
+    """A name for a set of models that are timed in turn."""
+    return uuid.uuid4().hex[:12]
+
+
+# --- a run's own evaluation ----------------------------------------------------------------------
+def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device) -> Iterator[Step]:
+    """Evaluate each variant that is not yet in ``evaluation.json``, then time all together."""
+    results = run.evaluation()
+    judge = Judge.of(recipe.eval, images, device)
+    targets = {name: target_of(run, name, device) for name in run.variants()}
+    batches = (latency.BATCH,)
+    each = {name: judge.steps(target) for name, target in targets.items()}
+    total, done = sum(each.values()) + latency.benchmark_steps(batches), 0
+    for name, target in targets.items():
+        if name not in results:
+            figures = counts(target)
+            found = bundled.quality(recipe) if name == "dense" else None
+            if found is not None:
+                write_atomic(run.sheet(name), bundled.sheet(recipe.eval).read_bytes())
+            else:
+                for i, found in enumerate(judge.quality(target)):
+                    yield Step("evaluate", done + i + 1, total)
+            found = found | sparsity(target.model.unet, target.patterns)
+            results[name] = dataclasses.replace(figures, **found).as_dict()
+            run.write_evaluation(results)
+        done += each[name]
+        yield Step("evaluate", done, total)
+    for rows in latency.benchmark({n: t.model.unet for n, t in targets.items()}, batches=batches):
+        done += 1
+        yield Step("evaluate", done, total)
+    for name, found in speed_figures(rows, new_session()).items():
+        results[name] |= found
+    run.write_evaluation(results)
+
+
+def target_of(run: Run, name: str, device: torch.device) -> Target:
+    """A finished variant of a run, read from its saved files and not from memory."""
+    place = run.variant(name)
+    model = unet.load(str(place))
+    model.unet.to(device)
+    found = Target(model, place, run.sheet(name), is_dense=name == "dense", info={"run": run.id, "variant": name})
+    if name == "nm":
+        found.patterns = {layer["layer"]: layer["pattern"] for layer in run.layers() if layer["eligible"]}
+    if name != "dense":
+        found.dense_sheet = run.sheet("dense")
+    return found

@@ -54,12 +54,12 @@ def export(
 ) -> None:
     """Write a model as a diffusers folder, a packed file, ONNX, a TensorRT script or for semi-structured kernels."""
     from . import export as exports
-    from . import semi_structured, verify
+    from . import semi_structured, subject, verify
 
     chosen = exports.check_choices(kind.value, dtype.value if dtype else None, int8.value)
     if kind is Format.semi_structured:
         semi_structured.require_cuda()  # before anything is loaded
-    found = exports.find(source, variant.value if variant else None, runs_dir, verify.parse(read_as))
+    found = subject.find(source, variant.value if variant else None, runs_dir, verify.parse(read_as))
     record = exports.write(found, kind.value, out, chosen, int8.value)
     seen = verify.inspect(out)
     if not seen["ok"]:
@@ -128,7 +128,7 @@ def _print_layers(found: dict[str, Any]) -> None:
         cells = ("x".join(map(str, row["shape"])), row["claimed"] or "none", row["pattern"], compliance)
         ready = "ready" if row["tensor_core_ready"] else "no"
         table.add_row(row["layer"], *cells, f"{row['density']:.1%}", ready, row["reason"])
-    console = Console(width=160, highlight=False, markup=False)
+    console = Console(width=160, highlight=False, markup=False, emoji=False)
     console.print(table)
     for problem in found["problems"]:
         console.print(f"PROBLEM: {problem}")

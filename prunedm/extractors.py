@@ -10,7 +10,6 @@ unpickler (``weights_only=True``), which builds tensors and containers and runs 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from functools import cache, cached_property
@@ -22,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .bundled import FEATURE_NETWORK
+from .cache import sha256
+from .records import EXTRACTOR_LABELS
+from .records import labels as labels  # known here too, beside the extractors that it names
 
-EXTRACTOR_LABELS = {"bundled": "FD-fashion", "inception": "FID", "efficientnet-lite0": "FD-efficientnet-lite0"}
-SUFFIXES = {"bundled": "-fashion", "inception": "", "efficientnet-lite0": "-efficientnet-lite0"}
 FEATURES = 64
 SIDE = 28
 
@@ -180,13 +180,6 @@ def get(name: str, device: str = "cpu", weights: str | Path | None = None) -> Ex
     raise ValueError(f"extractor {name!r} is unknown; choose one of {', '.join(EXTRACTOR_LABELS)}")
 
 
-def labels(name: str) -> dict[str, str]:
-    """What each figure of this extractor is called; FID, KID and ISC are names of Inception's alone."""
-    suffix = SUFFIXES[name]
-    found = {"fid": EXTRACTOR_LABELS[name], "precision": f"precision{suffix}", "recall": f"recall{suffix}"}
-    return found | ({"kid": f"KD{suffix}", "isc": f"IS{suffix}"} if suffix else {"kid": "KID", "isc": "ISC"})
-
-
 def rgb(images: Tensor, reader: str) -> Tensor:
     """uint8 ``[B, 1 or 3, H, W]`` to ``[B, 3, H, W]``."""
     if images.shape[1] not in (1, 3):
@@ -194,15 +187,6 @@ def rgb(images: Tensor, reader: str) -> Tensor:
             f"the images have {images.shape[1]} channels; {reader} reads 1 or 3; use the extractor bundled"
         )
     return images.expand(-1, 3, -1, -1)
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_sha256(path: Path, expected: str, what: str) -> None:

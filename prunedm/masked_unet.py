@@ -204,8 +204,10 @@ class MaskedUNet:
                 weight = self.unet.get_parameter(layer.name).detach()
                 report.compliance = pattern.compliance(weight, bank.n, bank.m)
                 report.density = pattern.density(weight)
-                balance = pattern.position_balance(bank.mask[layer.start : layer.stop])
-                report.position_balance = [round(share, 4) for share in balance.tolist()]
+                mask = bank.mask[layer.start : layer.stop]
+                report.position_balance = [round(share, 4) for share in pattern.position_balance(mask).tolist()]
+                shares = pattern.set_shares(mask, bank.n)
+                report.pattern_shares = None if shares is None else [round(share, 4) for share in shares.tolist()]
         return self.reports
 
 

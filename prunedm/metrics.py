@@ -8,9 +8,6 @@ unbiased at any number. :func:`noise_floor` tells which differences mean somethi
 from __future__ import annotations
 
 import hashlib
-import io
-import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import extractors
+from . import cache, extractors
 from .bundled import REFERENCE
 from .extractors import Extractor
 from .seeds import derive, generator
-from .store import write_atomic
 
 Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
 NARROW = 256  # features up to which torch-fidelity's general eigenvalues take under a second
 PER_FEATURE = 10  # images for each feature below which the Frechet distance is mostly bias
 KID_SUBSET, KID_SUBSETS, NEIGHBOURHOOD = 1000, 100, 3  # torch-fidelity's defaults
-CACHE_ENV, CACHE_VERSION = "PRUNEDM_CACHE", "1"
+KERNEL_IMAGES = 5_000  # most images of a side for KID, precision and recall, which look at all pairs
+CACHE_VERSION = "2"
 
 
 def extract(images: Iterable[Tensor], device: str = "cpu", extractor: Extractor | None = None) -> Tensor:
@@ -53,6 +50,38 @@ def statistics(features: Tensor) -> Statistics:
     return fid_features_to_statistics(features.double())
 
 
+class Moments:
+    """:func:`statistics` of features that come in parts: memory for D x D numbers, whatever their count.
+
+    Sums are taken about the first part's mean, in float64: a mean far from zero costs no digits.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.centre = 0, None
+
+    def add(self, features: Tensor) -> None:
+        """Count a part ``[B, D]`` in."""
+        values = features.double()
+        if self.centre is None:
+            self.centre = values.mean(0)
+            self.first, self.second = (
+                torch.zeros_like(self.centre),
+                torch.zeros(2 * values.shape[1:], dtype=values.dtype),
+            )
+        values = values - self.centre
+        self.count += len(values)
+        self.first += values.sum(0)
+        self.second += values.T @ values
+
+    def statistics(self) -> Statistics:
+        """Mean and covariance (with N - 1) of all parts so far."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} images have no covariance; evaluate at least 2")
+        mean = self.first / self.count
+        sigma = (self.second - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return {"mu": (mean + self.centre).numpy(), "sigma": sigma.numpy()}
+
+
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Frechet distance of two Gaussians: torch-fidelity's, and for wide features the same figure sooner."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
@@ -74,6 +103,23 @@ def _wide_frechet_distance(a: Statistics, b: Statistics) -> float:
 def fid_from_features(generated: Tensor, real: Tensor) -> float:
     """Frechet distance of two sets of features ``[N, D]`` and ``[M, D]``."""
     return frechet_distance(statistics(generated), statistics(real))
+
+
+def frechet_spread(features: Tensor, real: Statistics, seed: int = 0, draws: int = 50) -> float | None:
+    """Standard deviation of the Frechet distance over other images like these ``[N, D]``, by the bootstrap.
+
+    What is left of a difference between two models beyond it is not the luck of the seeds. None for wide features,
+    where every draw costs seconds.
+    """
+    if features.shape[1] > NARROW or len(features) < 4:
+        return None
+    rng, values = np.random.default_rng(derive(seed, "frechet")), features.double()
+    found = []
+    for _ in range(draws):
+        moments = Moments()
+        moments.add(values[torch.from_numpy(rng.integers(len(values), size=len(values)))])
+        found.append(frechet_distance(moments.statistics(), real))
+    return float(np.std(found, ddof=1))
 
 
 def few_images_warning(n: int, features: int) -> str:
@@ -176,18 +222,21 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 2020) -> tuple
 
 def measure(generated: Tensor, real: Tensor, seed: int = 0) -> dict[str, float | int]:
     """Every figure between two sets of features, and the number of images of the smaller set (at least 4)."""
-    images = min(len(generated), len(real))
-    distance = kid(generated, real, min(KID_SUBSET, images // 2), seed=seed)
+    found = {"fid": fid_from_features(generated, real)} | pairwise(generated, real, seed)
+    return found | {"images": min(len(generated), len(real))}
+
+
+def pairwise(generated: Tensor, real: Tensor, seed: int = 0) -> dict[str, float]:
+    """The figures that look at all pairs of two sets of at least 4: KID with its interval, precision and recall."""
+    distance = kid(generated, real, min(KID_SUBSET, min(len(generated), len(real)) // 2), seed=seed)
     precision, recall = precision_recall(generated, real)
     return {
-        "fid": fid_from_features(generated, real),
         "kid": distance.mean,
         "kid_std": distance.std,
         "kid_low": distance.low,
         "kid_high": distance.high,
         "precision": precision,
         "recall": recall,
-        "images": images,
     }
 
 
@@ -243,8 +292,10 @@ def reference_statistics(
 
 
 def reference_features(images: Tensor, device: str = "cpu", extractor: Extractor | None = None) -> Tensor:
-    """Features ``[N, D]`` of real images, for KID, precision and recall; cached."""
+    """Features ``[N, D]`` of real images, for KID, precision and recall: a fixed draw of KERNEL_IMAGES at most."""
     extractor = extractor or extractors.get("bundled", device)
+    if len(images) > KERNEL_IMAGES:
+        images = images[torch.randperm(len(images), generator=generator(0, "kernel images"))[:KERNEL_IMAGES]]
 
     def compute() -> dict[str, np.ndarray]:
         return {"features": extract(images.split(256), device, extractor).numpy()}
@@ -262,55 +313,19 @@ def write_statistics(path: Path, value: Statistics) -> None:
     np.savez_compressed(path, **value)
 
 
-def cache_folder() -> Path:
-    """Where figures of real images are kept: ``$PRUNEDM_CACHE/statistics``, else ``~/.cache/prunedm/statistics``."""
-    return Path(os.environ.get(CACHE_ENV) or Path.home() / ".cache" / "prunedm").expanduser() / "statistics"
-
-
 def cache_key(kind: str, images: Tensor, extractor: Extractor) -> str:
     """Digest of all that a cached figure depends on: the images' bytes and the extractor's weights."""
-    parts = [CACHE_VERSION, kind, extractor.name, extractor.weights, str(images.dtype), str(tuple(images.shape))]
-    digest = hashlib.sha256("\x1f".join(parts).encode())
-    digest.update(images.cpu().contiguous().numpy())
-    return digest.hexdigest()[:32]
+    content = hashlib.sha256(images.cpu().contiguous().numpy()).hexdigest()
+    return cache.digest(CACHE_VERSION, kind, extractor.name, extractor.weights, images.dtype, images.shape, content)
 
 
 def _cached(
     kind: str, images: Tensor, extractor: Extractor, compute: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """The cached arrays, or those computed now and cached."""
-    folder, key = cache_folder(), cache_key(kind, images, extractor)
-    found = _read_cached(folder, key)
+    folder, key = cache.folder("statistics"), cache_key(kind, images, extractor)
+    found = cache.read_arrays(folder, key)
     if found is None:
         found = compute()
-        _write_cached(folder, key, found)
+        cache.write_arrays(folder, key, found)
     return found
-
-
-def _name(key: str, content: bytes) -> str:
-    """A file's name ends in the digest of its bytes, so one that was torn or altered is never parsed."""
-    return f"{key}-{hashlib.sha256(content).hexdigest()[:32]}.npz"
-
-
-def _read_cached(folder: Path, key: str) -> dict[str, np.ndarray] | None:
-    for path in folder.glob(f"{key}-*.npz"):
-        try:
-            content = path.read_bytes()
-            if path.name != _name(key, content):
-                path.unlink()
-                continue
-        except OSError:  # unreadable, or deleted by another process meanwhile: as good as absent
-            continue
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    return None
-
-
-def _write_cached(folder: Path, key: str, value: dict[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **value)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / _name(key, buffer.getvalue()), buffer.getvalue())
-    except OSError as error:  # a full or read-only disk costs the next run some seconds, and this one nothing
-        warnings.warn(f"{folder} cannot be written ({error}); set {CACHE_ENV} to a folder that can", stacklevel=4)

@@ -9,10 +9,13 @@ much (``benchmarks/RESULTS.md``).
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
+
+MOST_SETS = 128  # C(M, N) up to which the kept sets are counted one by one
 
 
 def group(weight: Tensor, m: int) -> Tensor:
@@ -106,6 +109,25 @@ def position_balance(mask: Tensor) -> Tensor:
     """Share of the kept weights on each of the M positions, ``[M]``, sums to 1; even is 1/M."""
     kept = mask.ne(0).sum(0).cpu().double()
     return kept / kept.sum().clamp(min=1)
+
+
+def kept_sets(n: int, m: int) -> list[str]:
+    """The sets of N kept positions of M as ``1100``, ``1010``...: the order of :func:`set_shares`."""
+    return ["".join("1" if i in kept else "0" for i in range(m)) for kept in itertools.combinations(range(m), n)]
+
+
+def set_shares(mask: Tensor, n: int) -> Tensor | None:
+    """Share of the groups ``[G, M]`` that keep each set of :func:`kept_sets`; None where there are over MOST_SETS.
+
+    Groups that keep fewer than N (a kept weight is exactly zero) are of no set: then the shares sum to less than 1.
+    """
+    m = mask.shape[-1]
+    if math.comb(m, n) > MOST_SETS:
+        return None
+    place = 2 ** torch.arange(m - 1, -1, -1, device=mask.device)
+    counts = torch.bincount((mask.ne(0) * place).sum(-1), minlength=2**m)
+    codes = torch.tensor([int(kept, 2) for kept in kept_sets(n, m)], device=mask.device)
+    return counts[codes].cpu().double() / len(mask)
 
 
 def entropy(logits: Tensor) -> Tensor:

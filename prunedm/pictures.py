@@ -44,6 +44,14 @@ def read_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
         return [sheet.crop(box) for box in boxes], info
 
 
+def as_tensor(images: list[Image.Image]) -> Tensor:
+    """Images of a sheet as uint8 ``[B, C, H, W]``, what :func:`sheet_png` was given."""
+    import torch
+
+    arrays = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(arrays[:, None] if arrays.ndim == 3 else arrays.transpose(0, 3, 1, 2).copy())
+
+
 def enlarged(image: Image.Image, factor: int) -> Image.Image:
     """Whole-number enlargement without smoothing: the pixels are the model's own."""
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -116,7 +116,14 @@ class Eval(Section):
     sampler: Literal[SAMPLERS] = Field("ddim", description="sampler of diffusers")  # type: ignore[valid-type]
     steps: int = Field(25, ge=1, le=1000, description="sampling steps an image")
     eta: float = Field(0.0, ge=0, le=1, description="ddim: share of DDPM's noise drawn in the steps; 0 draws none")
-    extractor: Literal["bundled"] = Field("bundled", description="feature network of the distance")
+    extractor: Literal["bundled", "inception", "efficientnet-lite0"] = Field(
+        "bundled",
+        description="feature network of the distances: the bundled one (FD-fashion), Inception-v3 (FID; its weights "
+        "from $PRUNEDM_INCEPTION or the network) or ImageNet's EfficientNet-lite0 (an optional package)",
+    )
+    noise_floor: bool = Field(
+        True, description="sample the dense model from other seeds too, to know which differences mean something"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of the evaluation's noise")
 
     @model_validator(mode="after")

@@ -12,6 +12,9 @@ RESUMABLE: tuple[Status, ...] = ("stopped", "failed", "interrupted")
 VARIANTS = ("dense", "structured", "nm")
 VARIANT_LABELS = {"dense": "dense", "structured": "structured", "nm": "N:M"}
 
+EXTRACTOR_LABELS = {"bundled": "FD-fashion", "inception": "FID", "efficientnet-lite0": "FD-efficientnet-lite0"}
+SUFFIXES = {"bundled": "-fashion", "inception": "", "efficientnet-lite0": "-efficientnet-lite0"}
+
 STAGES = ("prune", "finetune", "mask", "recover", "evaluate", "report")
 STAGE_LABELS = {
     "prune": "Prune channels",
@@ -21,6 +24,13 @@ STAGE_LABELS = {
     "evaluate": "Evaluate variants",
     "report": "Write report",
 }
+
+
+def labels(name: str) -> dict[str, str]:
+    """What each figure of this extractor is called; FID, KID and ISC are names of Inception's alone."""
+    suffix = SUFFIXES[name]
+    found = {"fid": EXTRACTOR_LABELS[name], "precision": f"precision{suffix}", "recall": f"recall{suffix}"}
+    return found | ({"kid": f"KD{suffix}", "isc": f"IS{suffix}"} if suffix else {"kid": "KID", "isc": "ISC"})
 
 
 @dataclass
@@ -48,31 +58,77 @@ class LayerReport:
     density: float | None = None
     position_balance: list[float] | None = None
     pattern: str = "dense"
+    pattern_shares: list[float] | None = None  # of each set of kept positions, in pattern.kept_sets' order
 
 
 @dataclass
 class Evaluation:
-    """One variant's figures. Absent figures are None, never invented.
+    """One model's figures. Absent figures are None, never invented.
 
-    latency_ms: median of one UNet call on ``device`` at ``dtype`` and ``batch``. macs: of one image at
-    dense arithmetic; macs_sparse: what N:M hardware would do (theoretical).
+    Sizes. bytes: of the weights file as it lies on disk. sizes: bytes in each way of storing
+    (``sizes.FORMATS``). macs: of one image at dense arithmetic; macs_sparse: what N:M hardware would do
+    (theoretical, and None without a pattern).
+
+    Quality. validation_loss with its 95 % bootstrap interval, that of each timestep bin (``loss_bins``, the
+    cleanest first, of ``timesteps`` trained timesteps) and that of each image (``validation_errors``: the same
+    images, timesteps and noise for every model, so that models can be compared in pairs). fid: Frechet distance,
+    called ``fid_extractor``, at ``fid_images`` images, with its bootstrap deviation ``fid_std`` over them;
+    ``few_images`` is a line where they are few. kid, precision, recall: at ``kernel_images``. sampling: how the
+    images were made and by what they were judged. noise_floor (of a dense model): the same figures between two
+    sets that do not differ: ``samples`` (of other seeds) and ``real``.
+
+    Faithfulness. ssim (with its interval), psnr (dB, over the pairs that differ; ``identical`` counts the others)
+    and feature_distance to the dense model's first ``pairs`` samples of the same seeds.
+
+    Speed, measured. latency_ms: median of one UNet call on ``device`` at ``dtype`` and ``batch``, with the 10th
+    and 90th percentile; speed: a row for each way and batch size (``latency.Speed``); speed_session: models
+    with the same one were timed in turn, so that drift fell on all.
     """
 
     parameters: int
     nonzero_parameters: int
     macs: int
     bytes: int
+    sizes: dict[str, int] | None = None
+    macs_sparse: int | None = None
     validation_loss: float | None = None
+    validation_loss_low: float | None = None
+    validation_loss_high: float | None = None
+    validation_images: int | None = None
+    validation_errors: list[float] | None = None
+    loss_bins: list[float | None] | None = None
+    timesteps: int | None = None
     fid: float | None = None
+    fid_std: float | None = None
     fid_extractor: str | None = None
     fid_images: int | None = None
+    few_images: str | None = None
+    kid: float | None = None
+    kid_std: float | None = None
+    kid_low: float | None = None
+    kid_high: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    kernel_images: int | None = None
+    isc: float | None = None
+    isc_std: float | None = None
+    sampling: dict[str, Any] | None = None
+    noise_floor: dict[str, dict[str, float]] | None = None
+    ssim: float | None = None
+    ssim_low: float | None = None
+    ssim_high: float | None = None
+    psnr: float | None = None
+    identical: int | None = None
+    feature_distance: float | None = None
+    pairs: int | None = None
     latency_ms: float | None = None
     latency_ms_p10: float | None = None
     latency_ms_p90: float | None = None
     device: str | None = None
     dtype: str | None = None
     batch: int | None = None
-    macs_sparse: int | None = None
+    speed: list[dict[str, Any]] | None = None
+    speed_session: str | None = None
     pattern: str | None = None
     compliance: float | None = None
     masked_layers: int | None = None

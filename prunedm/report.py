@@ -1,45 +1,25 @@
-"""One self-contained HTML page of a run: figures, same-seed samples, layers, recipe, environment."""
+"""What was found, in words and as files: sentences, CSV and Markdown. The page is report_page.py's. Knows no torch."""
 
 from __future__ import annotations
 
-import base64
-import html
+import csv
+import dataclasses
 import io
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from . import environment, pictures
-from .records import VARIANT_LABELS
-from .store import Run, write_atomic
-
-SHOWN_SEEDS, ZOOM = 8, 3
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1f2b}
-table{border-collapse:collapse;margin:1rem 0;width:100%}
-th,td{border-bottom:1px solid #d8dce3;padding:.3rem .6rem;text-align:right}
-th:first-child,td:first-child{text-align:left}
-pre{background:#f4f6f9;padding:1rem;overflow:auto}
-img{image-rendering:pixelated;max-width:100%}
-"""
+from . import comparison, figures
+from .comparison import Judged
+from .figures import FLOOR_FIGURES, FLOORS, RATIOS, SIZES
+from .records import VARIANT_LABELS, Evaluation
+from .store import Run
 
 
 def figure_rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
-    """The metric table: (label, variant -> text with the difference from dense). Absent is 'n/a'."""
-    extractor = next((r["fid_extractor"] for r in results.values() if r.get("fid_extractor")), "FD")
-    count = next((r["fid_images"] for r in results.values() if r.get("fid_images")), "?")
-    timed = next((r for r in results.values() if r.get("latency_ms") is not None), {})
-    where = f"{timed.get('device')}, {timed.get('dtype')}, batch {timed.get('batch')}"
-    rows = [
-        ("Parameters", "parameters", "{:,.0f}"),
-        ("Non-zero parameters", "nonzero_parameters", "{:,.0f}"),
-        ("MACs an image (dense arithmetic)", "macs", "{:,.0f}"),
-        ("MACs an image (N:M hardware, theoretical)", "macs_sparse", "{:,.0f}"),
-        ("Bytes of the weights on disk", "bytes", "{:,.0f}"),
-        ("Validation loss", "validation_loss", "{:.5f}"),
-        (f"{extractor} ({count} images)", "fid", "{:.3f}"),
-        (f"Latency of a UNet call, ms (median; {where})", "latency_ms", "{:.1f}"),
-    ]
-    return [(label, {v: _cell(results, v, key, form) for v in results}) for label, key, form in rows]
+    """The table of figures of one run: (label, variant -> text with the difference from dense). Absent is 'n/a'."""
+    dense = results.get("dense")
+    judged = [Judged(name, found, name, dense=None if name == "dense" else dense) for name, found in results.items()]
+    return [(label, dict(zip(results, cells))) for label, cells in figures.rows(judged)]
 
 
 def headline(results: dict[str, dict[str, Any]]) -> str:
@@ -71,56 +51,6 @@ def summary(run: Run) -> dict[str, Any]:
     return found | ({"error": state.error} if state.error else {})
 
 
-def write(run: Run) -> None:
-    """``report.html`` in the run folder."""
-    write_atomic(run.report_path, render(run).encode())
-
-
-def render(run: Run) -> str:
-    """The page as text; it asks the web for nothing."""
-    results, recipe = run.evaluation(), run.recipe()
-    labels = [VARIANT_LABELS[v] for v in results]
-    table = _table(["", *labels], [[label, *cells.values()] for label, cells in figure_rows(results)])
-    setting = list((environment.versions() | environment.machine()).items())
-    sections = [
-        f"<h1>PruneDM report: {html.escape(run.id)}</h1><p>{html.escape(headline(results))}</p>",
-        f"<h2>Figures</h2>{table}{_pruned(run)}",
-        f"<h2>Samples from the same seeds</h2>{_grid(run)}",
-        _sparsity(run, results),
-        _baseline(run),
-        _allocation(run),
-        f"<h2>Recipe</h2><pre>{html.escape(recipe.to_yaml())}</pre>",
-        f"<h2>Environment</h2>{_table(['', ''], setting)}",
-        "<h2>Again</h2><pre>python -m prunedm run recipe.yaml</pre>",
-    ]
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' "
-        f"content='width=device-width'><title>{html.escape(run.id)}</title><style>{STYLE}</style>"
-        f"<body>{''.join(sections)}</body></html>"
-    )
-
-
-def _cell(results: dict[str, dict[str, Any]], variant: str, key: str, form: str) -> str:
-    value, dense = results[variant].get(key), results.get("dense", {}).get(key)
-    if value is None:
-        return "n/a"
-    difference = f" ({value / dense - 1:+.1%})" if variant != "dense" and dense else ""
-    return form.format(value) + difference
-
-
-def _grid(run: Run) -> str:
-    rows = []
-    for name in run.variants():
-        images, _ = pictures.read_sheet(run.sheet(name))
-        cells = "".join(
-            f"<img alt='{VARIANT_LABELS[name]} sample, seed {i}' src='{_data_url(image)}'>"
-            for i, image in enumerate(images[:SHOWN_SEEDS])
-        )
-        rows.append([VARIANT_LABELS[name], cells])
-    head = ["", f"seeds 0 to {SHOWN_SEEDS - 1}"]
-    return _table(head, rows, raw=True)
-
-
 def stage_one(found: dict[str, Any]) -> str:
     """What stage 1 did, in words. Runs of earlier versions recorded less."""
     rounds = f" in {found['rounds']} rounds" if found.get("rounds", 1) > 1 else ""
@@ -136,83 +66,125 @@ def stage_one(found: dict[str, Any]) -> str:
     return text
 
 
-def _pruned(run: Run) -> str:
-    """Stage 1 in a sentence, with the reason where its target was missed."""
-    found = next((e["report"] for e in reversed(run.events()) if e["kind"] == "pruned"), None)
-    if found is None:
-        return ""
-    text = stage_one(found)
-    return f"<p>{html.escape(text)} {html.escape(found['reason'])}</p>"
+def groups(judged: Sequence[Judged]) -> list[tuple[str, list[Judged]]]:
+    """The models by their run, in the order given; one that belongs to no run stands alone under its label."""
+    found: dict[Any, list[Judged]] = {}
+    for one in judged:
+        found.setdefault(one.run.folder if one.run else id(one), []).append(one)
+    return [(own[0].run.id if own[0].run else own[0].label, own) for own in found.values()]
 
 
-def _sparsity(run: Run, results: dict[str, dict[str, Any]]) -> str:
-    if "nm" not in results:
-        return ""
-    figures = results["nm"]
-    rows = [
-        [
-            layer["layer"],
-            "x".join(map(str, layer["shape"])),
-            layer["pattern"],
-            f"{layer['compliance']:.0%}" if layer["compliance"] is not None else "",
-            f"{layer['density']:.0%}" if layer["density"] is not None else "",
-            layer["reason"],
-        ]
-        for layer in run.layers()
-    ]
-    return (
-        f"<h2>N:M layers</h2><p>Pattern {figures['pattern']}, {figures['masked_layers']} layers masked, "
-        f"{len(figures['skipped_layers'])} left dense, compliance {figures['compliance']:.1%} "
-        "(read from the saved file).</p>"
-        + _table(["layer", "shape", "pattern", "compliance", "density", "why dense"], rows)
-    )
+def results_of(own: Sequence[Judged]) -> dict[str, dict[str, Any]]:
+    """Variant to figures of one run's models, with the dense ones that differences are taken from."""
+    dense = next((one.dense for one in own if one.dense is not None), None)
+    found = {one.variant: one.figures for one in own if one.variant}
+    return ({"dense": dense} if dense is not None else {}) | found
 
 
-def _baseline(run: Run) -> str:
-    """What the initial masks cost before any learning, by timestep bin."""
-    found = next((e for e in reversed(run.events()) if e["kind"] == "baseline"), None)
-    if found is None:
-        return ""
-    pairs = zip([*found["dense"], found["dense_mean"]], [*found["m0"], found["m0_mean"]])
-    names = [*(f"bin {b} of {len(found['dense'])}" for b in range(1, len(found["dense"]) + 1)), "all"]
-    rows = [
-        [n, "n/a" if d is None else f"{d:.5f}", "n/a" if m is None else f"{m:.5f}"] for n, (d, m) in zip(names, pairs)
-    ]
-    return (
-        "<h2>Loss under the initial masks</h2>"
-        f"<p>{html.escape(Path(found['initial']).name)}, {found['images']} held-out images, before any learning; "
-        "timestep bins from clean to noisy.</p>" + _table(["timesteps", "dense", "initial masks"], rows)
-    )
+def sentences(own: Sequence[Judged]) -> list[str]:
+    """What is to be said of the models of one run: what happened, whether it means something, what to beware of."""
+    results = results_of(own)
+    found = [headline(results)] if results else []
+    told: dict[str, list[str]] = {}  # what holds for several is said once
+    for one in own:
+        for text in (comparison.verdict(one), one.get("few_images"), one.get("quality_absent")):
+            if text:
+                told.setdefault(text, []).append(VARIANT_LABELS.get(one.variant or "", one.label))
+    return found + [f"{', '.join(names)}: {text}." for text, names in told.items()]
 
 
-def _allocation(run: Run) -> str:
-    """The budgeted choice of patterns with the sensitivities it rests on."""
-    found = run.allocation()
-    if not found:
-        return ""
-    patterns = list(dict.fromkeys(p for layer in found["layers"] for p in layer["increase"]))
-    rows = [
-        [la["layer"], la["chosen"], *(f"{la['increase'][p]:+.5f}" if p in la["increase"] else "" for p in patterns)]
-        for la in found["layers"]
-    ]
-    return (
-        "<h2>Patterns chosen for the budget</h2>"
-        f"<p>Density asked for {found['density']:.1%}, kept {found['kept']:.1%}. "
-        f"Loss increase with that layer alone masked ({found['images']} held-out images).</p>"
-        + _table(["layer", "chosen", *patterns], rows)
-    )
+# --- CSV -------------------------------------------------------------------------------------
+SAMPLING = ("sampler", "steps", "eta", "seed", "extractor", "weights", "data")
+PLAIN = tuple(f.name for f in dataclasses.fields(Evaluation) if "dict" not in str(f.type) and "list" not in str(f.type))
+FRONTS = {f"front.{q.key}.{c.key}": (q.key, c.key) for q in comparison.QUALITIES for c in comparison.COSTS}
+COLUMNS = (
+    "run",
+    "variant",
+    "label",
+    *(f"sampling.{key}" for key in SAMPLING),
+    *PLAIN,
+    *(f"sizes.{name}" for name in SIZES),
+    *(f"noise_floor.{kind}.{key}" for kind in FLOORS for key in FLOOR_FIGURES),
+    *(f"ratio.{name}" for name in RATIOS),
+    *FRONTS,
+)
+FORMULA = ("=", "+", "-", "@")  # what makes a spreadsheet run a cell
 
 
-def _table(head: list[str], rows: list[Any], raw: bool = False) -> str:
-    def show(value: Any) -> str:
-        return str(value) if raw else html.escape(str(value))
+def csv_text(judged: Sequence[Judged]) -> str:
+    """One row a model, one column a figure (:data:`COLUMNS`, always all); an absent figure is an empty cell."""
+    output = io.StringIO()
+    writer = csv.DictWriter(output, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    fronts = on_fronts(judged)
+    for one in judged:
+        found = {key: one.get(key) for key in COLUMNS}
+        found |= {"run": one.run.id if one.run else None, "variant": one.variant, "label": one.label}
+        found |= {f"ratio.{name}": value for name, value in comparison.efficiency(one).items() if name in RATIOS}
+        found |= fronts.get(id(one), {})
+        writer.writerow({key: _safe(value) for key, value in found.items()})
+    return output.getvalue()
 
-    top = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    body = "".join(f"<tr>{''.join(f'<td>{show(c)}</td>' for c in row)}</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+
+def on_fronts(judged: Sequence[Judged]) -> dict[int, dict[str, str]]:
+    """For each model (by its ``id``) the columns of the fronts it was compared for: yes or no."""
+    found: dict[int, dict[str, str]] = {}
+    for plot in comparison.pareto(judged):
+        for one, is_on in zip(plot.judged, plot.on_front):
+            found.setdefault(id(one), {})[f"front.{plot.quality.key}.{plot.cost.key}"] = "yes" if is_on else "no"
+    return found
 
 
-def _data_url(image) -> str:
-    buffer = io.BytesIO()
-    pictures.enlarged(image, ZOOM).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _safe(value: Any) -> Any:
+    """Text that no spreadsheet takes for a formula, and no reader for two lines; labels come from users."""
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text
+
+
+# --- Markdown --------------------------------------------------------------------------------
+def markdown(judged: Sequence[Judged]) -> str:
+    """What happened, the figures, what they hold for, what differences mean, and who is on a front."""
+    names = [one.label for one in judged]
+    parts = ["# PruneDM report"]
+    for name, own in groups(judged):
+        parts += [f"## {plain(name)}", "\n".join(f"- {plain(text)}" for text in sentences(own)) or "No figures yet."]
+    parts += ["## Figures", _table(["", *names], [[label, *cells] for label, cells in figures.rows(judged)])]
+    parts += ["## What the figures hold for", _table(["", *names], _flat(figures.condition_rows(judged)))]
+    floors, ratios = figures.floor_rows(judged), figures.efficiency_rows(judged)
+    if floors:
+        head = ["model", "between", "Frechet distance", "kernel distance", "precision", "recall", "images of a set"]
+        parts += ["## Noise floor", _table(head, floors)]
+    if ratios:
+        parts += ["## Against the dense model", _table(["", *RATIOS.values()], ratios)]
+    fronts = _front_rows(judged)
+    if fronts:
+        parts += ["## Pareto fronts", _table(["quality", "cost", "on the front", "beaten"], fronts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_rows(judged: Sequence[Judged]) -> list[list[str]]:
+    found = []
+    for plot in comparison.pareto(judged):
+        on = [one.label for one, is_on in zip(plot.judged, plot.on_front) if is_on]
+        off = [one.label for one, is_on in zip(plot.judged, plot.on_front) if not is_on]
+        found.append([plot.quality.label, plot.cost.label, ", ".join(on), ", ".join(off) or "none"])
+    return found
+
+
+def _flat(found: Sequence[tuple[str, list[str]]]) -> list[list[str]]:
+    return [[name, *cells] for name, cells in found]
+
+
+def plain(text: str) -> str:
+    """Foreign text in Markdown as it is: one line, no markup, no link and no picture, no cell's end."""
+    text = " ".join(str(text).split()).replace("\\", "\\\\")
+    for mark in ("|", "`", "*", "#", "!["):
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("](", "]\\(").replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _table(head: Sequence[str], found: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *found]
+    return "\n".join(f"| {' | '.join(plain(cell) for cell in line)} |" for line in lines)

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from . import diffusion, evaluate, mask_stage, model_card, pictures, report, store, structured, unet
-from .evaluate import image_seeds
+from . import diffusion, evaluate, mask_stage, model_card, pictures, report_page, store, structured, unet
 from .inputs import load_inputs, rounding
 from .learn import FixedMasks
 from .mask_stage import MaskStage
@@ -21,6 +20,7 @@ from .progress import MetricsWriter
 from .pruned_unet import build, public
 from .recipe import Recipe
 from .records import STAGES, Step
+from .samples import image_seeds
 from .stage_recipes import CALIBRATED, FIXED_METHODS
 from .store import Run
 from .training import DenseLoss, Diverged, Learner, Task, Trainer, Weights, Window
@@ -215,7 +215,7 @@ class Pipeline:
 
     def _report(self) -> Iterator[Step]:
         self._write_cards()
-        report.write(self.run)
+        report_page.write(self.run)
         yield Step("report", 1, 1)
 
     def _write_cards(self) -> None:
@@ -307,7 +307,7 @@ class Pipeline:
 
     def _draw(self, stage: str, step: int, model: torch.nn.Module) -> None:
         """The same few seeds again, so that progress can be seen."""
-        seeds = image_seeds(self.recipe.eval.seed, PREVIEW_IMAGES)
+        seeds = image_seeds(self.recipe.eval.seed, range(PREVIEW_IMAGES))
         images = diffusion.sample(model, self.model.scheduler, seeds, "ddim", PREVIEW_STEPS)
         info = {"run": self.run.id, "stage": stage, "step": step, "sampler": "ddim", "steps": PREVIEW_STEPS}
         png = pictures.sheet_png(diffusion.to_uint8(images), info)

@@ -52,15 +52,22 @@ def load(source: str) -> Diffusion:
 
     Always float32, evaluation mode. Raises ModelError with value, rule and remedy.
     """
-    folder = bundled.MODEL if source == bundled.NAME else Path(source).expanduser()
-    if not folder.exists():
-        folder = _download(source)
+    folder = locate(source)
     if folder.is_file():
         return load_packed(folder)
     _require_pixels(folder)
-    unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    unet = load_unet(unet_folder)
-    return Diffusion(unet, _load_scheduler(folder))
+    return Diffusion(load_unet(unet_folder(folder)), _load_scheduler(folder))
+
+
+def locate(source: str) -> Path:
+    """The folder or file of a model, fetched first where it is a Hugging Face id; ModelError when it is not there."""
+    folder = bundled.MODEL if source == bundled.NAME else Path(source).expanduser()
+    return folder if folder.exists() else _download(source)
+
+
+def unet_folder(folder: Path) -> Path:
+    """Where a pipeline folder, or a bare UNet folder, keeps the UNet."""
+    return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
 def _require_pixels(folder: Path) -> None:
@@ -124,8 +131,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    one, others = folder / WEIGHTS, sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
-    files = [one] if one.is_file() else others
+    files = weight_files(folder)
     parts = [re.search(r"-\d+-of-(\d+)", file.name) for file in files]
     whole = len(files) == 1 if not parts or parts[0] is None else all(p and int(p[1]) == len(files) for p in parts)
     if not whole:
@@ -140,6 +146,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read ({_line(error)}); restore it or save the model again") from error
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a UNet folder: the one of the plain name, else all of any ``variant`` and the shards."""
+    one = folder / WEIGHTS
+    return [one] if one.is_file() else sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
 
 
 def load_packed(path: Path) -> Diffusion:
@@ -224,8 +236,9 @@ def macs(unet: nn.Module) -> int:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes on disk of a variant's UNet weights."""
-    return (folder / "unet" / WEIGHTS).stat().st_size
+    """Bytes on disk of a model's UNet weights: of a pipeline or UNet folder, or of a packed file."""
+    files = [folder] if folder.is_file() else weight_files(unet_folder(folder))
+    return sum(file.stat().st_size for file in files)
 
 
 def _download(source: str) -> Path:

@@ -120,7 +120,7 @@ def test_monitor_offers_what_the_state_allows(runs):
     assert [b.label for b in open_page("monitor").button] == ["Resume"]
     shutil.rmtree(runs)
     STATES["running"](runs)
-    assert [b.label for b in open_page("monitor").button] == ["Stop this run"]
+    assert [b.label for b in open_page("monitor").button] == ["Pause", "Stop this run"]
 
 
 def test_a_failure_is_told_in_plain_words_with_the_traceback_folded(runs):
@@ -306,12 +306,49 @@ def test_compare_takes_several_runs_once_each_and_says_how_they_differ(with_done
         (copy.folder / "recipe.yaml").write_text(recipes.build(recipe).to_yaml())
     app = open_page("compare")
     for run_id in (f"{done_run.id}-b", done_run.id):
-        app.multiselect(key="compare_pick").select(run_id).run()
+        app.multiselect(key="compare_pick").select(f"{run_id}/nm").run()
         assert not app.exception and not app.error
-    assert len(app.multiselect(key="compare_pick").value) == 3
+    assert len(app.multiselect(key="compare_pick").value) == 5
     assert "Recipe differences" in said(app)
-    columns = [m.value for m in app.markdown if m.value.startswith("**") and "dense" in m.value]
-    assert len(columns) == 1, "the dense model that the runs share stands there once"
+
+
+def test_a_link_to_runs_shows_the_dense_model_that_they_share_once(with_done, runs, done_run):
+    copy = shutil.copytree(done_run.folder, runs / f"{done_run.id}-b")
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    app.query_params["runs"] = f"{with_done.id},{copy.name}"
+    app.switch_page("../pages/compare.py").run()
+    chosen = app.multiselect(key="compare_pick").value
+    assert len(chosen) == 5 and sum(key.endswith("/dense") for key in chosen) == 1
+    assert ",".join(chosen) in app.query_params["models"], "the address names what is shown"
+
+
+def test_a_link_to_single_models_and_seeds_shows_them(with_done):
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    app.query_params["models"] = f"{with_done.id}/dense,{with_done.id}/nm"
+    app.query_params["seeds"] = "3,5"
+    app.switch_page("../pages/compare.py").run()
+    assert not app.exception
+    assert app.multiselect(key="compare_pick").value == [f"{with_done.id}/dense", f"{with_done.id}/nm"]
+    assert app.multiselect(key="compare_seeds").value == [3, 5]
+
+
+def test_models_are_judged_alike_in_the_background_when_asked(with_done, monkeypatch):
+    from app import judgements
+    from prunedm import judging
+
+    monkeypatch.setattr(judging, "BATCHES", dict.fromkeys(judging.BATCHES, (1,)))
+    app = open_page("compare")
+    app.segmented_control(key="compare_by").set_value("quick").run()
+    button = next(b for b in app.button if b.label.startswith("Judge these 3"))
+    button.click().run()
+    work = judgements.judgements()
+    deadline = time.monotonic() + 60
+    while work.at_work() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    app.run()
+    assert not app.exception and not app.error
+    assert not [b for b in app.button if b.label.startswith("Judge these")]
+    assert "128" in str([t.value for t in app.table])
 
 
 @pytest.mark.parametrize(
@@ -410,7 +447,7 @@ def test_a_folder_is_exported_with_its_archive(with_done):
 
 
 def test_a_reinforce_run_draws_the_tracker_of_each_timestep_bin(runs, micro):
-    from app import charts
+    from prunedm import charts
     from prunedm.diffusion import TIMESTEP_BINS
 
     run = store.create(runs, micro(mask={"method": "reinforce", "steps": 4}, prune={"target": 0}, eval={"images": 2}))

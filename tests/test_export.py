@@ -23,6 +23,7 @@ from prunedm import (
     pattern,
     semi_structured,
     store,
+    subject,
     unet,
     verify,
 )
@@ -69,7 +70,7 @@ def runs(tmp_path_factory, micro):
 
 @pytest.fixture(scope="module")
 def source(runs):
-    return export.find(runs[1], None, runs[0], Pattern(2, 4))
+    return subject.find(runs[1], None, runs[0], Pattern(2, 4))
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +101,15 @@ def onnx_output(path, x, t):
 def test_a_run_gives_its_last_variant_with_the_patterns_of_its_masks(source, runs):
     assert source.record["variant"] == "nm" and source.name == f"{runs[1]}/nm"
     assert source.patterns[LAYER] == "2:4" and source.patterns[TIGHT] == "1:4" and "conv_in" not in source.patterns
-    structured = export.find(runs[1], "structured", runs[0], Pattern(2, 4))
+    structured = subject.find(runs[1], "structured", runs[0], Pattern(2, 4))
     assert structured.patterns == {} and structured.record["variant"] == "structured"
 
 
 def test_without_masks_patterns_are_read_off_the_weights(runs, tmp_path):
     shutil.copytree(runs[0] / runs[1] / "variants" / "nm", tmp_path / "bare", ignore=shutil.ignore_patterns("masks.*"))
-    found = export.find(str(tmp_path / "bare"), None, runs[0], Pattern(2, 4))
+    found = subject.find(str(tmp_path / "bare"), None, runs[0], Pattern(2, 4))
     assert found.patterns[TIGHT] == "2:4", "at most 1 of 4 is at most 2 of 4"
-    tight = export.find(str(tmp_path / "bare"), None, runs[0], Pattern(1, 4)).patterns
+    tight = subject.find(str(tmp_path / "bare"), None, runs[0], Pattern(1, 4)).patterns
     assert TIGHT in tight and LAYER not in tight
     export.write(found, "diffusers", tmp_path / "again", "fp32")
     assert verify.inspect(tmp_path / "again")["claimed_layers"] == len(found.patterns) > 10
@@ -153,7 +154,7 @@ def test_the_card_tells_lineage_sizes_loading_and_limits(folder, source, runs):
 
 def test_free_widths_load_with_the_code_that_the_card_names(runs, tmp_path):
     out = tmp_path / "narrow"
-    found = export.find(f"{runs[1]}/structured", None, runs[0], Pattern(2, 4))
+    found = subject.find(f"{runs[1]}/structured", None, runs[0], Pattern(2, 4))
     export.write(found, "diffusers", out, "fp16")
     assert "trust_remote_code=True" in (out / "README.md").read_text()
     loaded = DiffusionPipeline.from_pretrained(out, trust_remote_code=True).unet
@@ -207,7 +208,7 @@ def test_the_record_beside_an_onnx_file(graph):
 
 def test_each_layer_is_in_the_graph_under_its_own_name(graph, source):
     held = onnx_graph.weights(onnx_graph.load(graph[0]))
-    layers = export.layer_weights(source.model.unet)
+    layers = subject.layer_weights(source.model.unet)
     assert set(held) == set(layers) and all(torch.equal(held[name], layers[name]) for name in layers)
 
 
@@ -217,7 +218,7 @@ def test_equal_weights_do_not_share_an_initialiser():
     model.mid_block.attentions[0].to_k.weight.copy_(model.mid_block.attentions[0].to_q.weight)
     made = onnx_export.build(model, {})
     onnx.checker.check_model(made)
-    assert set(onnx_graph.weights(made)) == set(export.layer_weights(model))
+    assert set(onnx_graph.weights(made)) == set(subject.layer_weights(model))
 
 
 def test_a_wrong_weight_is_never_named(graph):
@@ -227,7 +228,7 @@ def test_a_wrong_weight_is_never_named(graph):
 
 
 def test_pruned_unets_of_free_widths_become_onnx(runs, tmp_path):
-    found = export.find(runs[1], "structured", runs[0], Pattern(2, 4))
+    found = subject.find(runs[1], "structured", runs[0], Pattern(2, 4))
     onnx_export.write(found.model, {}, tmp_path / "narrow.onnx", rounds=1)
     x, t = inputs(3)
     with torch.no_grad():
@@ -255,7 +256,7 @@ def test_int8_keeps_the_patterns_and_reports_its_error(source, graph, tmp_path, 
     assert out.stat().st_size < (0.75 if int8 == "weights" else 1) * graph[0].stat().st_size
     seen = verify.inspect(out)
     assert seen["ok"] and seen["claimed_layers"] == len(source.patterns)
-    dense = export.layer_weights(source.model.unet)
+    dense = subject.layer_weights(source.model.unet)
     small = onnx_graph.weights(onnx_graph.load(out))
     for name in source.patterns:
         assert small[name].dtype == torch.int32 and (small[name][dense[name] == 0] == 0).all()
@@ -595,12 +596,12 @@ def test_claims_survive_every_way_through_our_own_exports(tmp_path):
     """4:8 weights: folder -> packed -> folder -> packed keeps pattern and record."""
     masked = MaskedUNet(make_unet(), 4, 8)
     unet.save(masked.bake(), DDPMScheduler(), tmp_path / "a", {"run": "r", "variant": "nm"})
-    found = export.find(str(tmp_path / "a"), None, tmp_path, verify.parse("4:8"))
+    found = subject.find(str(tmp_path / "a"), None, tmp_path, verify.parse("4:8"))
     assert found.patterns and set(found.patterns.values()) == {"4:8"}
     source = found
     for kind, name in (("packed", "b.safetensors"), ("diffusers", "c"), ("packed", "d.safetensors")):
         export.write(source, kind, tmp_path / name, "fp32")
-        source = export.find(str(tmp_path / name), None, tmp_path, verify.parse("2:4"))
+        source = subject.find(str(tmp_path / name), None, tmp_path, verify.parse("2:4"))
         assert source.patterns == found.patterns and source.record["run"] == "r"
 
 
@@ -611,7 +612,7 @@ def test_a_uniform_model_exports_in_every_format(tmp_path):
 
     model, _ = structured.prune(make_unet(), Prune(target=0.4, layout="uniform"), 4, 0)
     unet.save(model, DDPMScheduler(), tmp_path / "u", {"variant": "structured"})
-    source = export.find(str(tmp_path / "u"), None, tmp_path, Pattern(2, 4))
+    source = subject.find(str(tmp_path / "u"), None, tmp_path, Pattern(2, 4))
     export.write(source, "diffusers", tmp_path / "d", "fp16")
     card = (tmp_path / "d" / "README.md").read_text()
     assert "## Timesteps" in card and "Euler" in card and "trust_remote_code" not in card
@@ -631,5 +632,5 @@ def test_a_uniform_model_exports_in_every_format(tmp_path):
 
 def model_card_of(model, folder):
     unet.save(model, DDPMScheduler(), folder, {})
-    export.write(export.find(str(folder), None, folder, Pattern(2, 4)), "diffusers", folder / "out", "fp32")
+    export.write(subject.find(str(folder), None, folder, Pattern(2, 4)), "diffusers", folder / "out", "fp32")
     return (folder / "out" / "README.md").read_text()

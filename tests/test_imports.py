@@ -9,15 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "bundled", "store", "progress", "snapshots",
-    "pictures", "pattern", "packed",
+    "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "bundled", "store", "cache", "comparison",
+    "progress", "snapshots", "pictures", "pattern", "charts", "packed",
     "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
-    "importance", "mask_methods", "reinforce", "learn",
-    "diagnostics", "allocate", "extractors", "metrics", "faithfulness", "environment", "evaluate", "report",
-    "model_card", "inputs", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
-    "onnx_graph", "onnx_int8", "onnx_export", "semi_structured", "verify", "export",
-    "terminal", "mask_commands", "pretrain_command", "export_commands", "__main__",
+    "importance", "mask_methods", "reinforce", "learn", "diagnostics", "allocate",
+    "onnx_graph", "semi_structured", "verify", "subject", "sizes", "extractors", "metrics", "faithfulness", "samples",
+    "quality", "environment", "evaluate", "figures", "report", "report_html", "report_sections", "report_costs",
+    "report_runs", "report_page", "model_card", "inputs", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
+    "onnx_int8", "onnx_export", "export", "judging",
+    "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "__main__",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch_fidelity
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from prunedm import data, extractors, metrics
+from prunedm import cache, data, extractors, metrics
 
 
 class Bundled(FeatureExtractorBase):
@@ -61,7 +61,7 @@ def distance(a, b):
 
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(metrics.CACHE_ENV, str(tmp_path))
+    monkeypatch.setenv(cache.ENV, str(tmp_path))
     return tmp_path / "statistics"
 
 
@@ -277,7 +277,7 @@ def test_an_altered_cache_file_is_computed_again(images, cache_folder, harm):
 
 def test_a_cache_that_cannot_be_written_is_no_error(images, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(metrics.CACHE_ENV, str(tmp_path / "file"))
+    monkeypatch.setenv(cache.ENV, str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot be written .*; set PRUNEDM_CACHE"):
         found = metrics.reference_statistics(images.train[:50], is_bundled=False)
     assert found["mu"].shape == (64,)
@@ -300,3 +300,32 @@ def test_other_sizes_and_colours_are_accepted():
     assert metrics.extract([torch.zeros(2, 3, 32, 40, dtype=torch.uint8)]).shape == (2, 64)
     with pytest.raises(ValueError, match="at least 2"):
         metrics.statistics(torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_moments_in_parts_are_those_of_the_whole(offset):
+    features = drawn(503, 6, mean=offset, seed=3)
+    moments = metrics.Moments()
+    for part in features.split(64):
+        moments.add(part)
+    found, whole = moments.statistics(), metrics.statistics(features)
+    assert np.allclose(found["mu"], whole["mu"], rtol=1e-12) and np.allclose(found["sigma"], whole["sigma"], rtol=1e-9)
+    assert found["sigma"] == pytest.approx(np.cov(features.numpy().T), rel=1e-6)
+    with pytest.raises(ValueError, match="at least 2"):
+        metrics.Moments().statistics()
+
+
+def test_the_spread_of_the_frechet_distance_is_about_that_of_other_images():
+    real = metrics.statistics(drawn(4000, 4, seed=99))
+    others = [metrics.frechet_distance(metrics.statistics(drawn(200, 4, 0.3, seed=s)), real) for s in range(60)]
+    found = np.mean([metrics.frechet_spread(drawn(200, 4, 0.3, seed=s), real, s) for s in range(5)])
+    assert 0.6 < found / np.std(others) < 1.6
+    assert metrics.frechet_spread(drawn(50, metrics.NARROW + 1), real) is None
+
+
+def test_real_images_beyond_the_most_are_a_fixed_draw(images, cache_folder, monkeypatch):
+    monkeypatch.setattr(metrics, "KERNEL_IMAGES", 30)
+    found = metrics.reference_features(images.train[:90])
+    assert len(found) == 30 and torch.equal(found, metrics.reference_features(images.train[:90]))
+    everything = metrics.extract([images.train[:90]])
+    assert all((everything - row).abs().amax(1).min() < 1e-4 for row in found)

@@ -1,6 +1,8 @@
 """N:M groups: identities over any shape, and brute force over all masks."""
 
+import collections
 import itertools
+import math
 
 import pytest
 import torch
@@ -96,3 +98,19 @@ def test_ineligible_says_why():
 def test_tensor_core_rule():
     assert pattern.tensor_core_ready((8, 16, 3, 3))
     assert not pattern.tensor_core_ready((8, 8, 3, 3)) and not pattern.tensor_core_ready((4, 16))
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2)])
+def test_shares_of_kept_sets_are_those_of_counting_one_by_one(n, m):
+    scores = torch.rand(500, m, generator=torch.Generator().manual_seed(0))
+    mask = pattern.keep(scores, n)
+    names = pattern.kept_sets(n, m)
+    counted = collections.Counter("".join("1" if kept else "0" for kept in row) for row in mask.tolist())
+    assert pattern.set_shares(mask, n).tolist() == pytest.approx([counted[name] / 500 for name in names])
+    assert names[0] == "1" * n + "0" * (m - n) and len(names) == math.comb(m, n)
+
+
+def test_groups_that_keep_less_are_of_no_set_and_too_many_sets_are_not_counted():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    assert pattern.set_shares(mask, 2).tolist() == [0.5, 0, 0, 0, 0, 0]
+    assert pattern.set_shares(torch.ones(2, 16), 8) is None

@@ -129,9 +129,9 @@ def call(unet):
 
 
 def test_a_packed_file_is_a_model_too(model_folder, tmp_path):
-    from prunedm import export
+    from prunedm import export, subject
 
-    source = export.find(str(model_folder), None, tmp_path, export.verify.parse("2:4"))
+    source = subject.find(str(model_folder), None, tmp_path, export.verify.parse("2:4"))
     export.write(source, "packed", tmp_path / "m.safetensors", "fp32")
     loaded = unets.load(str(tmp_path / "m.safetensors"))
     assert torch.equal(call(loaded.unet), call(unets.load(str(model_folder)).unet))

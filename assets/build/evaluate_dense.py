@@ -14,7 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from prunedm import bundled, data, evaluate, unet  # noqa: E402
+import torch  # noqa: E402
+
+from prunedm import bundled, data, quality, unet  # noqa: E402
 from prunedm import recipe as recipes  # noqa: E402
 from prunedm.store import write_json  # noqa: E402
 
@@ -30,8 +32,8 @@ def main() -> None:
         if key in found:
             continue
         info = {"variant": "dense", "model": "assets/fashion-ddpm"}
-        steps = evaluate.quality(model.unet, model.scheduler, settings, images, bundled.sheet(settings), info)
-        *_, figures = steps
+        target = quality.Target(model, bundled.MODEL, bundled.sheet(settings), is_dense=True, info=info)
+        *_, figures = quality.Judge.of(settings, images, torch.device("cpu")).quality(target)
         found[key] = sizes | figures
         print(key, figures, flush=True)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()

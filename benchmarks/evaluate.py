@@ -1,0 +1,127 @@
+"""What judging costs beside what it must do: one JSON line a measurement.
+
+.venv/bin/python benchmarks/evaluate.py throughput     images a second against a bare loop, target 0.95
+.venv/bin/python benchmarks/evaluate.py memory         peak growth for few images and for many
+.venv/bin/python benchmarks/evaluate.py compare        20 finished runs side by side, target 5 s
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from prunedm import bundled, cache, data, diffusion, extractors, memory, samples, store, unet  # noqa: E402
+from prunedm.quality import Judge, Target  # noqa: E402
+from prunedm.recipe import Eval  # noqa: E402
+
+
+def bare(model: unet.Diffusion, settings: Eval, network: extractors.Extractor) -> None:
+    """Sampling and feature extraction, and nothing else."""
+    for start in range(0, settings.images, samples.MOST):
+        seeds = samples.image_seeds(settings.seed, range(start, start + samples.MOST))
+        images = diffusion.sample(model.unet, model.scheduler, seeds, settings.sampler, settings.steps)
+        network.features(diffusion.to_uint8(images))
+
+
+def streamed(model: unet.Diffusion, settings: Eval, network: extractors.Extractor, mark: str) -> None:
+    """The same through the evaluation's stream: kept on disk, moments and features gathered."""
+    for _ in samples.SampleSet(model, mark, settings).stream(settings.images, network):
+        pass
+
+
+def throughput(rounds: int, images: int, steps: int) -> None:
+    """Each round times both, in turn; the ratio is the median of the rounds' own ratios."""
+    model, network = unet.load(bundled.NAME), extractors.get("bundled")
+    settings = Eval(images=images, steps=steps)
+    bare(model, settings.model_copy(update={"images": samples.MOST}), network)  # warm
+    ratios, speeds = [], []
+    for i in range(rounds):
+        times = {}
+        order = ("bare", "streamed") if i % 2 else ("streamed", "bare")
+        for name in order:
+            began = time.perf_counter()
+            bare(model, settings, network) if name == "bare" else streamed(model, settings, network, f"{i}")
+            times[name] = time.perf_counter() - began
+        ratios.append(times["bare"] / times["streamed"])
+        speeds.append(images / times["streamed"])
+    found = {"images": images, "steps": steps, "rounds": rounds, "images_a_second": round(statistics.median(speeds), 2)}
+    print(json.dumps(found | {"ratio": round(statistics.median(ratios), 4), "target": 0.95}), flush=True)
+
+
+def peak(counts: list[int]) -> None:
+    """Growth of the resident set while so many images are judged, each in a process of its own."""
+    for count in counts:
+        script = f"import benchmarks.evaluate as b; b.judge_once({count})"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+        print(done.stdout.strip(), flush=True)
+
+
+def judge_once(count: int) -> None:
+    """One judgement with a UNet that costs nothing, so that only the stream's own memory shows."""
+    model, images = unet.load(bundled.NAME), data.load_bundled()
+    model.unet.forward = lambda x, t: type("Out", (), {"sample": x * 0.5})
+    target = Target(model, bundled.MODEL, Path(tempfile.mkdtemp()) / "sheet.png")
+    judge = Judge.of(Eval(images=count, steps=1), images, torch.device("cpu"))
+    with memory.PeakMemory(torch.device("cpu")) as watched:
+        for _ in judge.quality(target):
+            pass
+    print(json.dumps({"images": count, "growth_mb": round(watched.growth / 1e6, 1)}))
+
+
+def compare(runs: int) -> None:
+    """The command on copies of one finished run, from the start of the process to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        call = [sys.executable, "-m", "prunedm"]
+        environment = os.environ | {"PRUNEDM_RUNS": folder}
+        made = [*call, "run", "--preset", "smoke", "--set", "prune.finetune_steps=1", "--set", "mask.steps=1"]
+        subprocess.run(
+            [*made, "--set", "mask.recover_steps=1"], cwd=ROOT, env=environment, capture_output=True, check=True
+        )
+        first = store.all_runs(Path(folder))[0]
+        for i in range(runs - 1):
+            copy = shutil.copytree(first.folder, first.folder.with_name(f"{first.id}-{i}"))
+            results = store.Run(copy).evaluation()
+            for figures in results.values():
+                figures["fid"] += 0.01 * i
+            store.Run(copy).write_evaluation(results)
+        ids = [run.id for run in store.all_runs(Path(folder))]
+        times = []
+        for extra in ([], ["--out", f"{folder}/out"]):
+            began = time.perf_counter()
+            subprocess.run([*call, "compare", *ids, *extra], cwd=ROOT, env=environment, capture_output=True, check=True)
+            times.append(round(time.perf_counter() - began, 2))
+        print(json.dumps({"runs": len(ids), "seconds": times[0], "seconds_with_out": times[1], "target": 5}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["throughput", "memory", "compare"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=10)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[cache.ENV] = folder
+        if given.what == "throughput":
+            throughput(given.rounds, given.images, given.steps)
+        elif given.what == "memory":
+            peak([64, 1024, 8192, 16384])
+        else:
+            compare(20)
+
+
+if __name__ == "__main__":
+    main()

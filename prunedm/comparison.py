@@ -1,0 +1,247 @@
+"""Any set of judged models side by side: differences from dense, efficiency, Pareto fronts.
+
+Two figures are compared only where they hold for the same conditions: the same extractor, number of images,
+sampler, steps and seed for quality; the same device, dtype and batch for time. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .records import VARIANT_LABELS
+from .store import RUN_ID, Run, find
+
+SAMPLED = ("sampler", "steps", "eta", "seed", "extractor", "data")
+TIMED = ("device", "dtype", "batch")
+
+
+@dataclass
+class Judged:
+    """One model with all that was found of it.
+
+    figures: ``records.Evaluation`` as a dict. layers: ``records.LayerReport`` as dicts; empty where the model has
+    no N:M layers. dense: the figures that differences are taken from, its own dense model's; None for a dense one.
+    """
+
+    label: str
+    figures: dict[str, Any]
+    variant: str | None = None
+    run: Run | None = None
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    sheet: Path | None = None
+    dense: dict[str, Any] | None = None
+
+    def get(self, key: str) -> Any:
+        """A figure by its name, ``sizes.packed_fp16`` for a nested one; None when absent."""
+        return figure(self.figures, key)
+
+
+def figure(figures: dict[str, Any], key: str) -> Any:
+    """A figure by its name, with a dot into a nested table; None when absent."""
+    found: Any = figures
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def of_run(run: Run, results: dict[str, dict[str, Any]] | None = None) -> list[Judged]:
+    """The variants of a run, dense first. ``results``: other figures than those of its recipe's settings."""
+    results = run.evaluation() if results is None else results
+    dense = results.get("dense")
+    found = []
+    for name, figures in results.items():
+        sheet = run.sheet(name)
+        layers = run.layers() if name == "nm" else []
+        own = None if name == "dense" else dense
+        label = f"{run.id} {VARIANT_LABELS[name]}"
+        found.append(Judged(label, figures, name, run, layers, sheet if sheet.exists() else None, own))
+    return found
+
+
+def recorded(sources: Sequence[str], runs_dir: Path) -> list[Judged] | None:
+    """The figures that runs recorded themselves, where all sources are runs that were judged alike; else None."""
+    found: list[Judged] = []
+    settings: set[str] = set()
+    for source in sources:
+        run_id, _, variant = source.partition("/")
+        if not RUN_ID.fullmatch(run_id) or not (runs_dir / run_id / "recipe.yaml").is_file():
+            return None
+        run = find(runs_dir, run_id)
+        own = [one for one in of_run(run) if variant in ("", one.variant)]
+        if not own or any(one.get("sizes") is None or one.get("latency_ms") is None for one in own):
+            return None
+        settings.add(run.recipe().eval.model_dump_json())
+        found += own
+    return without_repeats(found) if len(settings) == 1 else None
+
+
+def without_repeats(judged: Sequence[Judged]) -> list[Judged]:
+    """The dense model once for runs that share it: the first of those with the same quality figures."""
+    found: list[Judged] = []
+    seen: set[tuple] = set()
+    for one in judged:
+        if one.variant == "dense":
+            same = (one.get("validation_loss"), one.get("fid"), one.get("parameters"), _sampled(one))
+            if same in seen:
+                continue
+            seen.add(same)
+        found.append(one)
+    return found
+
+
+# --- Pareto fronts ---------------------------------------------------------------------------
+@dataclass
+class Axis:
+    """A figure to make small, its name in words, and the conditions under which it may be compared."""
+
+    key: str
+    short: str
+    label: str
+    conditions: Callable[[Judged], tuple]
+
+
+def _sampled(one: Judged) -> tuple:
+    sampling = one.get("sampling") or {}
+    return (one.get("fid_extractor"), one.get("fid_images"), *(sampling.get(key) for key in SAMPLED))
+
+
+def _timed(one: Judged) -> tuple:
+    return tuple(one.get(key) for key in TIMED)
+
+
+def _validated(one: Judged) -> tuple:
+    return (one.get("validation_images"), (one.get("sampling") or {}).get("data"))
+
+
+def _always(one: Judged) -> tuple:
+    return ()
+
+
+QUALITIES = (
+    Axis("fid", "FD", "Frechet distance", _sampled),
+    Axis("validation_loss", "loss", "validation loss", _validated),
+)
+COSTS = (
+    Axis("macs", "MACs", "MACs an image (dense arithmetic)", _always),
+    Axis("sizes.packed_fp16", "bytes", "bytes, packed fp16", _always),
+    Axis("latency_ms", "ms", "latency of a UNet call, ms (measured)", _timed),
+)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other one beats: none is at most as large in both and smaller in one."""
+    return [
+        not any(a <= x and b <= y and (a < x or b < y) for a, b in points)  # itself and its equals do not beat it
+        for x, y in points
+    ]
+
+
+@dataclass
+class Plot:
+    """Models that may be compared on two axes, and which are on the front."""
+
+    cost: Axis
+    quality: Axis
+    judged: list[Judged]
+    on_front: list[bool]
+    conditions: tuple
+
+
+def pareto(judged: Sequence[Judged]) -> list[Plot]:
+    """A plot for each pair of cost and quality and each set of conditions under which two models or more have both."""
+    plots = []
+    for cost in COSTS:
+        for quality in QUALITIES:
+            groups: dict[tuple, list[Judged]] = {}
+            for one in judged:
+                if one.get(cost.key) is not None and one.get(quality.key) is not None:
+                    groups.setdefault((*cost.conditions(one), *quality.conditions(one)), []).append(one)
+            for conditions, members in groups.items():
+                if len(members) > 1:
+                    kept = front([(m.get(cost.key), m.get(quality.key)) for m in members])
+                    plots.append(Plot(cost, quality, members, kept, conditions))
+    return plots
+
+
+# --- efficiency ------------------------------------------------------------------------------
+def efficiency(one: Judged) -> dict[str, float | None]:
+    """What was saved and what it cost, as ratios to the model's own dense one; None where either is absent.
+
+    compression: dense fp16 bytes over packed fp16 bytes. macs, macs_sparse, latency: of dense (below 1 is a
+    saving). fid, validation_loss: of dense (above 1 is a loss); absent where the conditions differ.
+    """
+    dense = one.dense
+    names = ("compression", "macs", "macs_sparse", "latency", "validation_loss", "fid")
+    if dense is None:
+        return dict.fromkeys(names)
+    base = Judged("", dense)
+    found = {
+        "compression": _ratio(figure(dense, "sizes.dense_fp16"), one.get("sizes.packed_fp16")),
+        "macs": _ratio(one.get("macs"), dense.get("macs")),
+        "macs_sparse": _ratio(one.get("macs_sparse"), dense.get("macs")),
+        "latency": _ratio(one.get("latency_ms"), dense.get("latency_ms")) if _timed(one) == _timed(base) else None,
+    }
+    for axis in QUALITIES[::-1]:
+        same = axis.conditions(one) == axis.conditions(base)
+        found[axis.key] = _ratio(one.get(axis.key), dense.get(axis.key)) if same else None
+    return found
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
+
+
+def loss_change(one: Judged, draws: int = 2000) -> tuple[float, float, float] | None:
+    """Change of the validation loss from dense as a share, with its 95 % bootstrap interval over pairs.
+
+    Both models saw the same images, timesteps and noise, so most of what makes the loss itself uncertain cancels.
+    None where the pairs are not known or the conditions differ.
+    """
+    dense = Judged("", one.dense or {})
+    pair = (one.get("validation_errors"), dense.get("validation_errors"))
+    if None in pair or len(pair[0]) != len(pair[1]) or _validated(one) != _validated(dense):
+        return None
+    ours, theirs = (np.asarray(errors, np.float64) for errors in pair)
+    places = np.random.default_rng(0).integers(len(ours), size=(draws, len(ours)))
+    changes = ours[places].mean(1) / theirs[places].mean(1) - 1
+    low, high = np.quantile(changes, [0.025, 0.975])
+    return float(ours.mean() / theirs.mean() - 1), float(low), float(high)
+
+
+def verdict(one: Judged) -> str:
+    """How loss and Frechet distance differ from dense, and whether chance alone explains it, in words."""
+    found = loss_change(one)
+    parts = [_distance_verdict(one)]
+    if found is not None:
+        mean, low, high = found
+        parts.insert(0, f"validation loss changed by {mean:+.1%} (95 % interval over pairs: {low:+.1%} to {high:+.1%})")
+    return "; ".join(part for part in parts if part)
+
+
+def _distance_verdict(one: Judged) -> str:
+    dense = one.dense
+    if dense is None or one.get("fid") is None or dense.get("fid") is None:
+        return ""
+    if _sampled(one) != _sampled(Judged("", dense)):
+        return ""
+    change = one.get("fid") - dense["fid"]
+    share = f" ({change / dense['fid']:+.1%})" if dense["fid"] else ""
+    text = f"{one.get('fid_extractor')} changed by {change:+.3f}{share}"
+    spreads = (one.get("fid_std"), dense.get("fid_std"))
+    if None not in spreads:
+        noise = 2 * math.hypot(*spreads)
+        means = "more than other seeds would" if abs(change) > noise else "no more than other seeds could"
+        text += f", {means} (two standard deviations: {noise:.3f})"
+    floor = figure(dense, "noise_floor.samples.fid")
+    if floor is not None:
+        side = "below" if change <= floor else "above"
+        text += f"; it is {side} the noise floor, the {floor:.3f} between two sets of dense samples"
+    elif None in spreads:
+        text += "; no noise was measured, so small changes mean nothing"
+    return text

@@ -1,0 +1,366 @@
+"""Any models judged alike: runs, model folders, packed files, hub ids; at one setting, results kept.
+
+Quality and sizes are kept by the digest of all that they depend on: in a run's own folder (``evaluations/``), for
+other models in the cache. Speed belongs to a machine and a moment, and is kept for a set that was timed in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import (
+    bundled,
+    cache,
+    data,
+    evaluate,
+    extractors,
+    latency,
+    onnx_export,
+    pictures,
+    semi_structured,
+    store,
+    subject,
+    unet,
+)
+from .comparison import Judged
+from .extractors import Extractor
+from .quality import SHEET, Judge, Target, how
+from .recipe import Data, Eval, merge
+from .recipe import build as build_recipe
+from .records import VARIANT_LABELS
+from .samples import SampleSet
+from .stage_recipes import Pattern
+from .subject import Subject
+
+VERSION = 1
+READ_AS = Pattern(2, 4)  # what the layers of models that claim nothing are looked at as
+MODES = ("standard", "quick", "full")
+QUICK, FULL = {"images": 128, "steps": 10, "noise_floor": False}, {"images": 2048}
+QUICK_ROUNDS = 9
+SEMI_STRUCTURED = "semi-structured"
+WAYS = (*latency.WAYS, SEMI_STRUCTURED)
+BATCHES = {"quick": (latency.BATCH,), "standard": latency.BATCHES, "full": latency.BATCHES}
+DEFAULT_WAYS = {"quick": ("eager",), "standard": ("eager",), "full": ("eager", "channels_last")}
+
+Progress = Callable[[str, int, int], None]
+
+
+class JudgeError(ValueError):
+    """A judgement that cannot be made as asked, in one line."""
+
+
+@dataclass
+class Request:
+    """What to judge by. ``changes``: fields of Eval that were asked for; they win over the mode's."""
+
+    mode: str = "standard"
+    changes: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+    dense: str | None = None
+    device: str = "auto"
+    ways: tuple[str, ...] = ()
+    fresh_speed: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [way for way in self.ways if way not in WAYS]
+        if unknown:
+            raise JudgeError(f"--ways {unknown[0]} is not known; use some of {', '.join(WAYS)}")
+        if SEMI_STRUCTURED in self.ways:
+            semi_structured.require_cuda()
+
+    def settings(self, base: Eval) -> Eval:
+        """The settings on top of a run's own, or of the defaults; RecipeError for values that cannot be."""
+        mode = {"quick": QUICK, "full": FULL}.get(self.mode, {})
+        return build_recipe({"eval": merge(merge(base.model_dump(), mode), self.changes)}).eval
+
+
+@dataclass
+class Entry:
+    """One model to judge: its label, where its results go, and the figures and sheet of its dense model."""
+
+    label: str
+    subject: Subject
+    home: Path
+    variant: str | None = None
+    run: store.Run | None = None
+    dense: Entry | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        return subject.fingerprint(self.subject.place)
+
+
+# --- what to judge -----------------------------------------------------------------------------
+def entries(sources: list[str], runs_dir: Path, dense: str | None = None) -> list[Entry]:
+    """All variants of each run, the one of ``RUN/variant``, or the model of a folder; in the order given.
+
+    dense: the dense model of those that are no runs. ValueError in one line for what cannot be loaded.
+    """
+    base = None
+    if dense is not None:
+        found = subject.find(dense, None, runs_dir, READ_AS, strict=False)
+        base = Entry(f"{dense} (dense)", found, _home(found), "dense")
+    made: list[Entry] = []
+    for source in sources:
+        made += _of_source(source, runs_dir, base)
+    if base is not None and any(entry.dense is base for entry in made):
+        made.insert(0, base)
+    return made
+
+
+def _of_source(source: str, runs_dir: Path, base: Entry | None) -> list[Entry]:
+    run_id, _, tail = source.partition("/")
+    is_run = store.RUN_ID.fullmatch(run_id) and (runs_dir / run_id / "recipe.yaml").is_file()
+    if not is_run:
+        found = subject.find(source, None, runs_dir, READ_AS, strict=False)
+        return [Entry(_name(source, found), found, _home(found), dense=base)]
+    run = store.find(runs_dir, run_id)
+    finished = run.variants()
+    if not finished or (tail and tail not in finished):
+        known = ", ".join(finished) or "none yet"
+        raise JudgeError(f"{source}: run {run_id} has the variants {known}; name one of them")
+    made: dict[str, Entry] = {}
+    for name in finished:
+        found = subject.find(run_id, name, runs_dir, READ_AS, strict=False)
+        if name != "nm":
+            found.patterns = {}
+        label, home = f"{run_id} {VARIANT_LABELS[name]}", run.folder / "evaluations"
+        made[name] = Entry(label, found, home, name, run, made.get("dense"))
+    return [made[tail]] if tail else list(made.values())
+
+
+def _name(source: str, found: Subject) -> str:
+    """A short name of a model that is no run: its folder's, or the hub id."""
+    return found.place.name if Path(source).expanduser().exists() else source
+
+
+def _home(found: Subject) -> Path:
+    return cache.folder("evaluations") / subject.fingerprint(found.place)
+
+
+def common_settings(found: list[Entry], request: Request) -> Eval:
+    """One setting for all: that of the runs' recipes where they agree, else the defaults, with what was asked for."""
+    known = {entry.run.id: entry.run.recipe().eval for entry in found if entry.run is not None}
+    agree = len({spec.model_dump_json() for spec in known.values()}) == 1
+    return request.settings(next(iter(known.values())) if agree else Eval())
+
+
+# --- judging -----------------------------------------------------------------------------------
+def judge(found: list[Entry], request: Request, tell: Progress = lambda text, done, of: None) -> list[Judged]:
+    """Every figure of every model, from what is kept or measured now. ``tell``: what is done, steps of steps."""
+    session = Session(common_settings(found, request), request, unet.resolve_device(request.device), tell)
+    results: dict[int, Judged] = {}
+    for entry in found:
+        for one in (entry.dense, entry):  # a dense model that is not listed is judged too: it is the yardstick
+            if one is not None and id(one) not in results:
+                results[id(one)] = session.judged(one, results.get(id(one.dense)))
+    listed = [results[id(entry)] for entry in found]
+    speeds = measure_speed(found, request, session.device, tell)
+    for entry, one in zip(found, listed):
+        one.figures |= speeds[entry.label]
+    for entry, one in zip(found, listed):
+        one.dense = results[id(entry.dense)].figures if entry.dense is not None else None
+    _into_runs(found, speeds, request)
+    return listed
+
+
+def _into_runs(found: list[Entry], speeds: dict[str, dict[str, Any]], request: Request) -> None:
+    """A run whose variants were just timed in turn, by themselves, takes the richer figures of speed as its own."""
+    runs = {entry.run.folder: entry.run for entry in found if entry.run is not None}
+    if len(runs) != 1 or request.mode == "quick":
+        return
+    run = next(iter(runs.values()))
+    results = run.evaluation()
+    own = {entry.variant: speeds[entry.label] for entry in found if entry.run is not None}
+    if set(own) == set(results) and len(own) == len(found):
+        run.write_evaluation({name: figures | own[name] for name, figures in results.items()})
+
+
+@dataclass
+class Session:
+    """What all models of one judgement share."""
+
+    settings: Eval
+    request: Request
+    device: torch.device
+    tell: Progress
+
+    @cached_property
+    def network(self) -> Extractor:
+        """The feature network, loaded once."""
+        return extractors.get(self.settings.extractor, str(self.device))
+
+    def judged(self, entry: Entry, dense: Judged | None) -> Judged:
+        """Sizes, sparsity and quality of one model; ``dense``: its dense model, for faithfulness."""
+        model, patterns = entry.subject.model, entry.subject.patterns
+        model.unet.to(self.device)
+        figures, sheet = self._known(entry)
+        if figures is None:
+            figures, sheet = self._kept_or_made(entry, dense)
+        layers = [dataclasses.asdict(row) for row in evaluate.layer_rows(model.unet, patterns)] if patterns else []
+        return Judged(entry.label, dict(figures), entry.variant, entry.run, layers, sheet)
+
+    def _known(self, entry: Entry) -> tuple[dict[str, Any] | None, Path | None]:
+        """Figures and sheet that are there already: a run's own, or the bundled dense model's shipped ones."""
+        wanted, given = _alike(self.settings), self.request.data
+        recipe = entry.run.recipe() if entry.run is not None else None
+        if recipe is not None and given is None and _alike(recipe.eval) == wanted:
+            own, sheet = entry.run.evaluation().get(entry.variant, {}), entry.run.sheet(entry.variant)
+            if own.get("sizes") and sheet.exists():
+                return own, sheet
+        source, images = entry.subject.name, given or bundled.NAME
+        if recipe is not None and entry.variant == "dense":
+            source, images = recipe.model.source, given or recipe.data.source
+        found = bundled.evaluation(self.settings)
+        if found is None or (source, images) != (bundled.NAME, bundled.NAME):
+            return None, None
+        target = Target(entry.subject.model, entry.subject.place, bundled.sheet(self.settings))
+        figures = dataclasses.replace(evaluate.counts(target), **bundled.figures(found))
+        return figures.as_dict(), target.sheet
+
+    def _kept_or_made(self, entry: Entry, dense: Judged | None) -> tuple[dict[str, Any], Path | None]:
+        """Figures and sheet from an earlier judgement of the same, or made now and kept."""
+        images, absent = _images(entry, self.request)
+        key, patterns = self._key(entry, images), entry.subject.patterns
+        sheet = entry.home / f"{key}.png"
+        figures = cache.read_record(entry.home, key)
+        if figures is None or (images is not None and not sheet.exists()):
+            target = Target(entry.subject.model, entry.subject.place, sheet, patterns, dense.sheet if dense else None)
+            target.is_dense, target.info = entry.dense is None, {"model": entry.label}
+            found = self._quality(entry, target, images) if images is not None else {}
+            found |= evaluate.sparsity(entry.subject.model.unet, patterns)
+            figures = dataclasses.replace(evaluate.counts(target), **found).as_dict()
+            figures |= {"quality_absent": absent} if absent else {}
+            cache.write_record(entry.home, key, figures)
+        return figures, sheet if images is not None else None
+
+    def _quality(self, entry: Entry, target: Target, images: data.Images) -> dict[str, Any]:
+        entry.home.mkdir(parents=True, exist_ok=True)
+        judged_by = Judge(self.settings, images, self.network, images.name)
+        of = judged_by.steps(target)
+        for i, found in enumerate(judged_by.quality(target)):
+            self.tell(entry.label, i + 1, of)
+        return found
+
+    def _key(self, entry: Entry, images: data.Images | None) -> str:
+        """Digest of all that the figures of quality and size depend on."""
+        judged_by = None
+        if images is not None:
+            judged_by = (images.digest, self.network.weights, self.settings.model_dump())
+        dense = entry.dense.fingerprint if entry.dense else None
+        patterns = sorted(entry.subject.patterns.items())
+        return cache.digest(VERSION, entry.fingerprint, dense, patterns, judged_by, self.device.type, torch.__version__)
+
+
+def _alike(settings: Eval) -> Eval:
+    """The settings without what changes no figure of the others."""
+    return settings.model_copy(update={"noise_floor": True})
+
+
+def _images(entry: Entry, request: Request) -> tuple[data.Images | None, str]:
+    """The real images to judge by, or why there are none: those asked for, the run's own, the bundled ones."""
+    spec = Data(source=request.data) if request.data else entry.subject.data or Data()
+    try:
+        return data.load(spec, entry.subject.model.image_shape), ""
+    except ValueError as error:
+        if request.data or entry.run is not None:
+            raise
+        return None, f"no quality figures: {error} (--data)"
+
+
+# --- speed -------------------------------------------------------------------------------------
+def measure_speed(
+    found: list[Entry], request: Request, device: torch.device, tell: Progress
+) -> dict[str, dict[str, Any]]:
+    """Label to the figures of speed of each model; all are timed in turn, unless this very set was timed before."""
+    ways, batches = request.ways or DEFAULT_WAYS[request.mode], BATCHES[request.mode]
+    rounds = QUICK_ROUNDS if request.mode == "quick" else latency.ROUNDS
+    labels = [entry.label for entry in found]
+    where = (latency.device_name(device), socket.gethostname(), torch.__version__)
+    key = cache.digest(VERSION, labels, [entry.fingerprint for entry in found], ways, batches, rounds, where)
+    place = cache.folder("speed")
+    known = None if request.fresh_speed else cache.read_record(place, key)
+    if known is None:
+        known = evaluate.speed_figures(list(_timed(found, ways, batches, rounds, device, tell)), evaluate.new_session())
+        cache.write_record(place, key, known)
+    return known
+
+
+def _timed(
+    found: list[Entry],
+    ways: tuple[str, ...],
+    batches: tuple[int, ...],
+    rounds: int,
+    device: torch.device,
+    tell: Progress,
+) -> Iterator[latency.Speed]:
+    """The rows of all models; those of converted copies under their model's name, with a way of their own."""
+    variants: dict[str, nn.Module] = {entry.label: entry.subject.model.unet for entry in found}
+    copies: dict[str, tuple[str, str]] = {}
+    if SEMI_STRUCTURED in ways:
+        for label, (name, way, module) in _converted(found).items():
+            copies[label], variants[label] = (name, way), module
+    graphs = {}
+    if "onnxruntime" in ways and device.type == "cpu":
+        graphs = {entry.label: _graph(entry.subject) for entry in found}
+    plain = tuple(way for way in ways if way != SEMI_STRUCTURED) or ("eager",)
+    of = latency.benchmark_steps(batches, rounds)
+    for i, rows in enumerate(latency.benchmark(variants, plain, batches, rounds, graphs)):
+        tell("speed", i + 1, of)
+    for row in rows:
+        if row.variant in copies and row.way != "eager":
+            continue  # a converted copy runs as it is
+        name, way = copies.get(row.variant, (row.variant, row.way))
+        yield dataclasses.replace(row, variant=name, way=way)
+
+
+def _graph(model: Subject) -> nn.Module:
+    """The model in ONNX Runtime, through a graph in memory."""
+    content = onnx_export.build(model.model.unet, {}).SerializeToString()
+    return latency.OnnxModel(content, model.model.image_shape)
+
+
+def _converted(found: list[Entry]) -> dict[str, tuple[str, str, nn.Module]]:
+    """Copies in fp16, plain and with 2:4 layers on the sparse kernels, on a CUDA GPU."""
+    made = {}
+    for entry in found:
+        plain = nn.Module.to(copy.deepcopy(entry.subject.model.unet), "cuda", torch.float16)
+        made[f"{entry.label} fp16"] = (entry.label, "fp16", plain)
+        sparse = copy.deepcopy(entry.subject.model.unet)
+        rows = semi_structured.convert(sparse, torch.float16)
+        if any(row["convert"] for row in rows):
+            made[f"{entry.label} {SEMI_STRUCTURED}"] = (entry.label, f"{SEMI_STRUCTURED} fp16", sparse)
+    return made
+
+
+# --- more samples ----------------------------------------------------------------------------------
+def more_sheet(run: store.Run, variant: str, start: int) -> Path:
+    """Where the samples of a run's variant from the seed at place ``start`` on go (it may not exist yet)."""
+    return run.folder / "evaluations" / f"seeds-{variant}-{bundled.settings_key(run.recipe().eval)}-{start}.png"
+
+
+def draw_more(source: str, start: int, runs_dir: Path) -> Path:
+    """One more sheet of samples of ``RUN/variant``, by its recipe's settings; the evaluation's has the first SHEET."""
+    run_id, _, variant = source.partition("/")
+    run = store.find(runs_dir, run_id)
+    path, recipe = more_sheet(run, variant, start), run.recipe()
+    if variant not in run.variants():
+        raise JudgeError(f"{source}: run {run_id} has the variants {', '.join(run.variants())}; name one of them")
+    if not path.exists():
+        target = evaluate.target_of(run, variant, unet.resolve_device(recipe.device))
+        samples = SampleSet(target.model, subject.fingerprint(target.place), recipe.eval)
+        images = samples.images(start, start + SHEET)
+        info = target.info | {"start": start} | how(recipe.eval)
+        path.parent.mkdir(exist_ok=True)
+        store.write_atomic(path, pictures.sheet_png(images, info))
+    return path

@@ -1,0 +1,238 @@
+"""Runs, folders and packed files judged alike, through the commands as a user gives them."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_unet
+from diffusers import DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+from prunedm import cache, comparison, judging, latency, pipeline, store
+from prunedm import unet as unets
+from prunedm.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, micro):
+    """A folder of two finished micro runs, which differ in their seeds."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        run = store.create(folder, micro(seed=seed, name=f"micro-{seed}"))
+        assert pipeline.execute(run) == "done", run.log_path.read_text()
+    return folder
+
+
+@pytest.fixture
+def ids(runs):
+    return [run.id for run in reversed(store.all_runs(runs))]
+
+
+@pytest.fixture(autouse=True)
+def quick_timing(monkeypatch):
+    monkeypatch.setattr(judging, "BATCHES", dict.fromkeys(judging.BATCHES, (1, 2)))
+    monkeypatch.setattr(judging.latency, "ROUNDS", 3)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.ENV, str(tmp_path / "cache"))
+
+
+def call(capsys, *arguments):
+    """Exit status, standard output and standard error of one command."""
+    status = main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def judged(capsys, *arguments):
+    status, out, err = call(capsys, *arguments, "--json")
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def test_a_runs_own_figures_are_not_computed_again_and_gain_speed(runs, ids, capsys, own_cache, monkeypatch):
+    before = store.find(runs, ids[0]).evaluation()
+    monkeypatch.setattr(judging.Judge, "quality", lambda *_: pytest.fail("sampled again"))
+    found = judged(capsys, "evaluate", ids[0], "--runs-dir", runs)
+    assert [one["variant"] for one in found] == ["dense", "structured", "nm"]
+    for one in found:
+        own, figures = before[one["variant"]], one["figures"]
+        assert {k: figures[k] for k in ("fid", "kid", "validation_loss", "sizes")} == {
+            k: own[k] for k in ("fid", "kid", "validation_loss", "sizes")
+        }
+        assert {row["batch"] for row in figures["speed"]} == {1, 2}
+    assert len({one["figures"]["speed_session"] for one in found}) == 1, "timed in turn"
+    after = store.find(runs, ids[0]).evaluation()
+    assert {row["batch"] for row in after["nm"]["speed"]} == {1, 2} and after["nm"]["fid"] == before["nm"]["fid"]
+
+
+def test_another_setting_is_judged_once_and_kept_in_the_run(runs, ids, capsys, own_cache, monkeypatch):
+    arguments = ("evaluate", ids[0], "--images", "70", "--sampler", "ddpm", "--seed", "3", "--runs-dir", runs)
+    first = judged(capsys, *arguments)
+    for one in first:
+        figures = one["figures"]
+        assert (
+            figures["fid_images"] == 70
+            and figures["sampling"]["sampler"] == "ddpm"
+            and figures["sampling"]["seed"] == 3
+        )
+    assert "noise_floor" in first[0]["figures"] and first[1]["figures"]["pairs"] == 64
+    kept = store.find(runs, ids[0]).folder / "evaluations"
+    assert len(list(kept.glob("*.json"))) == len(list(kept.glob("*.png"))) == 3
+    monkeypatch.setattr(judging.Judge, "quality", lambda *_: pytest.fail("sampled again"))
+    assert judged(capsys, *arguments) == first, "speed too: this very set was timed"
+    again = judged(capsys, *arguments, "--measure")
+    assert again[0]["figures"]["speed_session"] != first[0]["figures"]["speed_session"]
+
+
+def test_one_variant_is_judged_against_its_dense_model(runs, ids, capsys, own_cache):
+    (one,) = judged(capsys, "evaluate", f"{ids[0]}/nm", "--runs-dir", runs)
+    assert one["variant"] == "nm" and one["efficiency"]["compression"] > 1 and one["figures"]["pattern"] == "2:4"
+    assert one["layers"] and all(0.99 <= sum(la["pattern_shares"]) <= 1.01 for la in one["layers"] if la["eligible"])
+    status, out, _ = call(capsys, "evaluate", f"{ids[0]}/nm", "--runs-dir", runs)
+    assert status == 0 and "Compression" in out.replace("compression", "Compression")
+
+
+def test_any_diffusers_folder_is_judged_also_without_images(tmp_path, capsys, own_cache, image_folder):
+    unets.save(make_unet(), DDPMScheduler(), tmp_path / "theirs", {"variant": "dense"})
+    (tmp_path / "theirs" / store.VARIANT_RECORD).unlink()
+    bare = tmp_path / "bare"
+    shutil.copytree(tmp_path / "theirs" / "unet", bare)
+    (one,) = judged(capsys, "evaluate", bare)
+    figures = one["figures"]
+    assert figures["fid"] is None and "data.source=bundled holds images of shape" in figures["quality_absent"]
+    assert figures["latency_ms"] > 0 and figures["sizes"]["dense_fp32"] > figures["sizes"]["packed_int8"]
+    status, out, _ = call(capsys, "evaluate", bare)
+    assert status == 0 and "n/a" in out and "no quality figures" in out
+    (one,) = judged(capsys, "evaluate", tmp_path / "theirs", "--data", image_folder, "--images", 8, "--steps", 2)
+    assert one["figures"]["fid"] > 0 and one["figures"]["noise_floor"]["samples"]["fid"] > 0
+
+
+def test_a_folder_is_compared_with_its_dense_model(runs, ids, tmp_path, capsys, own_cache, image_folder, model_folder):
+    nm = store.find(runs, ids[0]).variant("nm")
+    arguments = (
+        "--dense",
+        model_folder,
+        "--data",
+        image_folder,
+        "--images",
+        8,
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "out",
+    )
+    found = judged(capsys, "compare", nm, *arguments)
+    assert [one["label"] for one in found] == [f"{model_folder} (dense)", "nm"]
+    assert found[1]["figures"]["ssim"] is not None and found[1]["efficiency"]["fid"] is not None
+    assert found[1]["figures"]["compliance"] == 1 and found[1]["figures"]["macs_sparse"] < found[1]["figures"]["macs"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"comparison.{s}" for s in ("html", "csv", "md", "json")}
+    assert len(list(csv.reader((tmp_path / "out" / "comparison.csv").open()))) == 3
+
+
+def test_a_packed_file_is_the_model_that_it_holds(runs, ids, tmp_path, capsys, own_cache, image_folder):
+    path = tmp_path / "model.safetensors"
+    assert call(capsys, "export", ids[0], "--format", "packed", "--out", path, "--runs-dir", runs)[0] == 0
+    arguments = ("--data", image_folder, "--images", 8, "--steps", 2)
+    (one,) = judged(capsys, "evaluate", path, *arguments)
+    (same,) = judged(capsys, "evaluate", store.find(runs, ids[0]).variant("nm"), *arguments)
+    assert one["figures"]["fid"] == same["figures"]["fid"] and one["figures"]["pattern"] == "2:4"
+    assert one["figures"]["bytes"] == path.stat().st_size
+
+
+def test_runs_judged_alike_are_compared_without_torch_or_sampling(runs, ids, capsys, own_cache, monkeypatch):
+    monkeypatch.setattr(judging, "judge", lambda *_: pytest.fail("judged again"))
+    found = judged(capsys, "compare", *ids, "--runs-dir", runs)
+    assert len(found) == 5, "the dense model that both share stands there once"
+    status, out, _ = call(capsys, "compare", *ids, "--runs-dir", runs)
+    assert status == 0 and "loss / bytes" in out and "--measure" in out
+
+
+def test_runs_judged_otherwise_are_judged_alike_first(runs, ids, capsys, own_cache, micro):
+    other = store.create(runs, micro(name="other", eval={"steps": 3}))
+    try:
+        assert pipeline.execute(other) == "done"
+        assert comparison.recorded([ids[0], other.id], runs) is None
+        found = judged(capsys, "compare", ids[0], other.id, "--images", 8, "--steps", 2, "--runs-dir", runs)
+        assert {one["figures"]["sampling"]["steps"] for one in found} == {2}
+        assert len({one["figures"]["speed_session"] for one in found}) == 1
+    finally:
+        shutil.rmtree(other.folder)
+
+
+def test_a_broken_claim_is_a_figure_and_no_refusal(runs, ids, tmp_path, capsys, own_cache):
+    copy = store.Run(shutil.copytree(store.find(runs, ids[0]).folder, tmp_path / "copied"))
+    name = next(la["layer"] for la in copy.layers() if la["eligible"]) + ".weight"
+    path = copy.variant("nm") / "unet" / unets.WEIGHTS
+    tensors = load_file(path)
+    save_file(tensors | {name: torch.ones_like(tensors[name])}, path)
+    figures = judged(capsys, "evaluate", "copied/nm", "--images", 9, "--runs-dir", tmp_path)[0]["figures"]
+    assert figures["compliance"] < 1 and figures["sizes"]["packed_fp16"] > 0
+
+
+def test_ways_of_running_are_timed_when_asked_for(runs, ids, capsys, own_cache):
+    figures = judged(
+        capsys, "evaluate", f"{ids[0]}/nm", "--ways", "eager,onnxruntime,channels_last", "--runs-dir", runs
+    )
+    rows = figures[0]["figures"]["speed"]
+    assert {(row["way"], row["batch"]) for row in rows} == {
+        (way, batch) for way in ("eager", "onnxruntime", "channels_last") for batch in (1, 2)
+    }
+    assert all(row["call"]["median"] > 0 and row["threads"] for row in rows)
+
+
+@pytest.mark.parametrize("suffix", ["html", "csv", "md"])
+def test_reports_go_where_they_are_asked_for(runs, ids, tmp_path, capsys, own_cache, suffix):
+    path = tmp_path / "made" / f"report.{suffix}"
+    status, out, err = call(capsys, "report", *ids, "--out", path, "--runs-dir", runs)
+    assert status == 0 and out.strip() == str(path), err
+    assert all(run in path.read_text() for run in ids)
+    if suffix != "html":
+        assert call(capsys, "report", *ids, "--format", suffix, "--runs-dir", runs)[1] == path.read_text()
+    if suffix == "html":
+        assert call(capsys, "report", ids[0], "--runs-dir", runs)[1].strip().endswith("report.html")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["evaluate", "nothing-there"], ["nothing-there"]),
+        (["evaluate", "RUN/mn"], ["RUN/mn", "dense, structured, nm"]),
+        (["evaluate", "RUN", "--quick", "--full"], ["--quick and --full", "leave one out"]),
+        (["evaluate", "RUN", "--sampler", "heun"], ["eval.sampler='heun'"]),
+        (["evaluate", "RUN", "--images", "1"], ["eval.images=1"]),
+        (["evaluate", "RUN", "--ways", "fast"], ["--ways fast", "onnxruntime"]),
+        (["evaluate", "RUN", "--ways", "semi-structured"], ["CUDA GPU"]),
+        (["evaluate", "RUN", "--extractor", "vgg"], ["vgg"]),
+        (["evaluate", "RUN", "--data", "/no/such"], ["/no/such", "is not a folder"]),
+        (["evaluate", "RUN", "--out", "report.pdf"], ["report.pdf", ".html"]),
+        (["report", "RUN", "RUN2"], ["--out is needed"]),
+        (["report", "RUN", "--format", "pdf"], ["pdf"]),
+    ],
+)
+def test_bad_requests_are_one_line(runs, ids, capsys, own_cache, arguments, parts):
+    if "semi-structured" in arguments and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    named = [a.replace("RUN2", ids[1]).replace("RUN", ids[0]) for a in arguments]
+    status, _, err = call(capsys, *named, "--runs-dir", runs)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert all(part.replace("RUN", ids[0]) in err for part in parts), err
+
+
+def test_the_inception_extractor_says_how_to_get_its_weights(runs, ids, capsys, own_cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("PRUNEDM_INCEPTION", str(tmp_path / "none.pth"))
+    status, _, err = call(capsys, "evaluate", ids[0], "--extractor", "inception", "--images", 8, "--runs-dir", runs)
+    assert status == 2 and "none.pth: no such file; download https://" in err
+
+
+def test_timing_follows_the_mode(monkeypatch):
+    monkeypatch.undo()
+    assert judging.BATCHES["standard"] == latency.BATCHES == (1, 8, 64) and judging.BATCHES["quick"] == (8,)
+    assert judging.Request("full").settings(judging.Eval()).images == 2048
+    assert judging.Request("quick", {"images": 64}).settings(judging.Eval(seed=3)).model_dump() | {"x": 0} == (
+        judging.Eval(images=64, steps=10, seed=3, noise_floor=False).model_dump() | {"x": 0}
+    )
