@@ -24,8 +24,8 @@ def bundled_only() -> None:
 def choose(cards: list[lab.Card], known: dict[str, Judged]) -> list[str]:
     """The models to compare: ``?runs=A,B`` takes all variants of runs, ``?models=A/nm,B/nm`` single ones."""
     key, runs = "compare_pick", st.query_params.get("runs", "")
-    if runs and runs != st.session_state.get("compare_runs"):
-        st.session_state["compare_runs"] = runs
+    if runs:
+        del st.query_params["runs"]  # from here on the address names the models
         wanted = [run for run in runs.split(",") if run]
         missing = [run for run in wanted if not compare_views.of_runs(known, [run])]
         if missing:
@@ -64,7 +64,7 @@ def judged(chosen: list[str], known: dict[str, Judged]) -> dict[str, Judged]:
     else:
         if task is not None:
             st.error(parts.plain(task.error))
-        if st.button(f"Judge these {len(chosen)} models alike", type="primary", icon=":material/balance:"):
+        if st.button(f"Judge these {len(chosen)} models alike", type="primary"):
             judgements().judge(chosen, mode)
             st.rerun()
     st.caption("Until that is done: the figures that the runs recorded.")
@@ -126,7 +126,7 @@ def draw_more(chosen: list[str], known: dict[str, Judged], places: list[int]) ->
     """Another 64 seeds of each model, in the background."""
     own = [key for key in chosen if known[key].run is not None]
     start = len(places)
-    if own and st.button(f"Draw {compare_views.SHEET} more seeds", icon=":material/casino:"):
+    if own and st.button(f"Draw {compare_views.SHEET} more seeds"):
         st.session_state["compare_drawing"] = judgements().draw(own, start)
     task = st.session_state.get("compare_drawing")
     if task is not None and not task.future.done():
@@ -165,15 +165,9 @@ def download(found: dict[str, Judged]) -> None:
     """The same comparison as files; the page is made when it is asked for."""
     models = list(found.values())
     a, b, c = st.columns(3)
-    a.download_button(
-        "Report (HTML)", lambda: report_page.render(models), "comparison.html", "text/html", icon=":material/article:"
-    )
-    b.download_button(
-        "Table (CSV)", lambda: report.csv_text(models), "comparison.csv", "text/csv", icon=":material/table:"
-    )
-    c.download_button(
-        "Text (Markdown)", lambda: report.markdown(models), "comparison.md", "text/markdown", icon=":material/notes:"
-    )
+    a.download_button("Report (HTML)", lambda: report_page.render(models), "comparison.html", "text/html")
+    b.download_button("Table (CSV)", lambda: report.csv_text(models), "comparison.csv", "text/csv")
+    c.download_button("Text (Markdown)", lambda: report.markdown(models), "comparison.md", "text/markdown")
 
 
 st.title("Compare")

@@ -4,12 +4,13 @@ nothing, where ``go.Figure`` takes some 15 ms each. Colours are safe for colour-
 from __future__ import annotations
 
 import html
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from .stage_recipes import Pattern
 
 Figure = dict[str, Any]
 
@@ -357,7 +358,7 @@ def _place(points: list[tuple[float, float]], i: int) -> str:
 
 def kept_sets_heatmap(layers: list[dict[str, Any]], n: int, m: int, view: str) -> Figure:
     """Layers x the sets of N kept positions of M (``1100``...): share of the layer's groups that keep each."""
-    columns = ["".join("1" if i in kept else "0" for i in range(m)) for kept in itertools.combinations(range(m), n)]
+    columns = Pattern(n, m).kept_sets
     shares = [la["pattern_shares"] for la in layers]
     trace = {
         "type": "heatmap",

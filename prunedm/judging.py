@@ -246,7 +246,7 @@ class Session:
 
     def _quality(self, entry: Entry, target: Target, images: data.Images) -> dict[str, Any]:
         entry.home.mkdir(parents=True, exist_ok=True)
-        judged_by = Judge(self.settings, images, self.network, images.name)
+        judged_by = Judge(self.settings, images, self.network)
         of = judged_by.steps(target)
         for i, found in enumerate(judged_by.quality(target)):
             self.tell(entry.label, i + 1, of)

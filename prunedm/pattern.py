@@ -9,11 +9,12 @@ much (``benchmarks/RESULTS.md``).
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
 from torch import Tensor
+
+from .stage_recipes import Pattern
 
 MOST_SETS = 128  # C(M, N) up to which the kept sets are counted one by one
 
@@ -111,13 +112,8 @@ def position_balance(mask: Tensor) -> Tensor:
     return kept / kept.sum().clamp(min=1)
 
 
-def kept_sets(n: int, m: int) -> list[str]:
-    """The sets of N kept positions of M as ``1100``, ``1010``...: the order of :func:`set_shares`."""
-    return ["".join("1" if i in kept else "0" for i in range(m)) for kept in itertools.combinations(range(m), n)]
-
-
 def set_shares(mask: Tensor, n: int) -> Tensor | None:
-    """Share of the groups ``[G, M]`` that keep each set of :func:`kept_sets`; None where there are over MOST_SETS.
+    """Share of the groups ``[G, M]`` that keep each of ``Pattern.kept_sets``; None where there are over MOST_SETS.
 
     Groups that keep fewer than N (a kept weight is exactly zero) are of no set: then the shares sum to less than 1.
     """
@@ -126,7 +122,7 @@ def set_shares(mask: Tensor, n: int) -> Tensor | None:
         return None
     place = 2 ** torch.arange(m - 1, -1, -1, device=mask.device)
     counts = torch.bincount((mask.ne(0) * place).sum(-1), minlength=2**m)
-    codes = torch.tensor([int(kept, 2) for kept in kept_sets(n, m)], device=mask.device)
+    codes = torch.tensor([int(kept, 2) for kept in Pattern(n, m).kept_sets], device=mask.device)
     return counts[codes].cpu().double() / len(mask)
 
 

@@ -51,12 +51,11 @@ class Judge:
     settings: Eval
     images: data.Images
     extractor: Extractor
-    data_label: str = ""
 
     @classmethod
     def of(cls, settings: Eval, images: data.Images, device: torch.device) -> Judge:
         """With the settings' extractor; ValueError where it or its weights are not at hand."""
-        return cls(settings, images, extractors.get(settings.extractor, str(device)), images.name)
+        return cls(settings, images, extractors.get(settings.extractor, str(device)))
 
     def steps(self, target: Target) -> int:
         """How many times :meth:`quality` yields."""
@@ -100,7 +99,7 @@ class Judge:
             "few_images": metrics.few_images_warning(seen.moments.count, network.dimensions),
             "sampling": how(self.settings) | {"eta": s.eta, "extractor": s.extractor, "weights": network.weights[:16]},
         }
-        found["sampling"] |= {"data": self.data_label, "digest": self.images.digest[:16]}
+        found["sampling"] |= {"data": self.images.name, "digest": self.images.digest[:16]}
         real = metrics.reference_features(train, str(device), network)
         if min(len(seen.kept), len(real)) >= 4:
             found |= metrics.pairwise(seen.kept, real, s.seed) | {"kernel_images": len(seen.kept)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from typing import Annotated, Literal, NamedTuple
@@ -23,6 +24,12 @@ class Pattern(NamedTuple):
     @property
     def density(self) -> float:
         return self.n / self.m
+
+    @property
+    def kept_sets(self) -> list[str]:
+        """The sets of N kept positions of M as ``1100``, ``1010``...: the order of :func:`pattern.set_shares`."""
+        choices = itertools.combinations(range(self.m), self.n)
+        return ["".join("1" if i in kept else "0" for i in range(self.m)) for kept in choices]
 
 
 def parse_pattern(text: str) -> Pattern | None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunedm import pattern
+from prunedm.stage_recipes import Pattern
 
 
 @st.composite
@@ -104,7 +105,7 @@ def test_tensor_core_rule():
 def test_shares_of_kept_sets_are_those_of_counting_one_by_one(n, m):
     scores = torch.rand(500, m, generator=torch.Generator().manual_seed(0))
     mask = pattern.keep(scores, n)
-    names = pattern.kept_sets(n, m)
+    names = Pattern(n, m).kept_sets
     counted = collections.Counter("".join("1" if kept else "0" for kept in row) for row in mask.tolist())
     assert pattern.set_shares(mask, n).tolist() == pytest.approx([counted[name] / 500 for name in names])
     assert names[0] == "1" * n + "0" * (m - n) and len(names) == math.comb(m, n)
