@@ -22,8 +22,10 @@ PAGES = {
         st.Page(ROOT / "pages" / "monitor.py", title="Monitor", url_path="monitor"),
     ],
     "Results": [
+        st.Page(ROOT / "pages" / "runs.py", title="Runs", url_path="runs"),
         st.Page(ROOT / "pages" / "compare.py", title="Compare", url_path="compare"),
         st.Page(ROOT / "pages" / "models.py", title="Models", url_path="models"),
+        st.Page(ROOT / "pages" / "system.py", title="System", url_path="system"),
     ],
 }
 st.navigation(PAGES).run()

@@ -19,6 +19,7 @@ from prunedm.records import STAGE_LABELS, RunState
 STATES = {  # icon and colour; the word always stands beside them
     "queued": ("○", "gray"),
     "running": ("▶", "blue"),
+    "paused": ("❚❚", "violet"),
     "stopping": ("◼", "orange"),
     "done": ("✔", "green"),
     "stopped": ("◼", "gray"),

@@ -50,7 +50,7 @@ def reruns() -> dict[str, list[float]]:
         time.sleep(0.2)
     app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
     found: dict[str, list[float]] = {}
-    for page in ("home", "launch", "monitor", "compare"):
+    for page in ("home", "launch", "monitor", "runs", "compare"):
         if page != "home":
             app.switch_page(f"../pages/{page}.py").run()
         found[page] = []

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import lab, mask_views, parts
+from app import lab, mask_views, parts, system_views
 from app.live_plot import live_plot
 from prunedm import charts
 from prunedm.records import RESUMABLE, STAGE_LABELS
@@ -31,6 +31,8 @@ def header(run: Run, live: bool) -> None:
         show_progress(card)
     with actions, parts.said():
         show_actions(card)
+    if live:
+        system_views.strip(run)
     for alert in lab.events(run, "alert"):
         what, text, remedy = (parts.plain(alert[key]) for key in ("what", "text", "remedy"))
         st.warning(f"**{what.capitalize()}** at step {alert['step']}: {text}. What to do: {remedy}.", icon="⚠️")
@@ -50,17 +52,37 @@ def show_progress(card: lab.Card) -> None:
 
 def show_actions(card: lab.Card) -> None:
     if card.active:
-        with st.popover("Stop", width="stretch", disabled=card.status == "stopping"):
-            st.write("The run stops after the step at hand and keeps a checkpoint; Resume goes on from there.")
-            if st.button("Stop this run", type="primary"):
-                lab.jobs().stop(card.run)
-                st.rerun()
+        with st.container(horizontal=True):
+            pause_action(card)
+            stop_action(card)
     elif card.status in RESUMABLE:
         if st.button("Resume", type="primary", width="stretch"):
             lab.jobs().resume(card.run)
             st.rerun()
     else:
         st.page_link(lab.ROOT / "pages" / "compare.py", label="Compare", query_params={"runs": card.run.id})
+
+
+def stop_action(card: lab.Card) -> None:
+    with st.popover("Stop", width="stretch", disabled=card.status == "stopping"):
+        st.write("The run stops after the step at hand and keeps a checkpoint; Resume goes on from there.")
+        if st.button("Stop this run", type="primary"):
+            lab.jobs().stop(card.run)
+            st.rerun()
+
+
+def pause_action(card: lab.Card) -> None:
+    """Pause, or Continue where the run holds."""
+    if card.status == "paused":
+        if st.button("Continue", type="primary", width="stretch"):
+            card.run.clear_pause()
+            st.rerun()
+    elif card.status == "running":
+        asked = card.run.pause_requested()
+        what = "Holds after the step at hand, with a checkpoint. It keeps its memory; runs behind it in the queue wait."
+        if st.button("Pausing…" if asked else "Pause", disabled=asked, help=what, width="stretch"):
+            card.run.request_pause()
+            st.rerun()
 
 
 def curves(run: Run) -> None:
@@ -123,7 +145,7 @@ is_live = card.active
 section(lambda run: header(run, is_live), card.run, EVERY_PROGRESS)
 if card.status == "failed":
     parts.failure(card)
-tabs = st.tabs(["Curves", "Masks", "Compliance", "Samples", "Log", "Recipe"])
+tabs = st.tabs(["Curves", "Masks", "Compliance", "Samples", "Log", "Recipe", "System"])
 parts_of_tabs = [
     (curves, EVERY_CURVES),
     (mask_views.evolution, EVERY_MASKS),
@@ -134,5 +156,7 @@ parts_of_tabs = [
 for tab, (draw_tab, seconds) in zip(tabs, parts_of_tabs):
     with tab:
         section(draw_tab, card.run, seconds)
-with tabs[-1]:
+with tabs[-2]:
     st.code(card.recipe.to_yaml(), language="yaml")
+with tabs[-1]:
+    section(system_views.tab, card.run, EVERY_CURVES)

@@ -1,5 +1,5 @@
-"""The command line: ``python -m prunedm run|resume|ls|show|doctor|masks|pretrain|export|verify`` and
-``evaluate|compare|report``.
+"""The command line: ``python -m prunedm run|resume|sweep|pause|continue|stop|ls|show|tag|note|archive|rm|trash|doctor``,
+``masks|pretrain|export|verify`` and ``evaluate|compare|report``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import export_commands, judge_commands, mask_commands, pretrain_command
+from . import (
+    control_commands,
+    export_commands,
+    judge_commands,
+    mask_commands,
+    pretrain_command,
+    shelf_commands,
+    sweep_commands,
+)
 from .terminal import BAD_INPUT, FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
 
 if TYPE_CHECKING:
@@ -36,6 +44,15 @@ app.command()(judge_commands.compare)
 app.command()(judge_commands.report)
 app.command()(export_commands.export)
 app.command()(export_commands.verify)
+app.command()(sweep_commands.sweep)
+app.command()(control_commands.pause)
+app.command("continue")(control_commands.go_on)
+app.command()(control_commands.stop)
+app.command()(shelf_commands.tag)
+app.command()(shelf_commands.note)
+app.command()(shelf_commands.archive)
+app.command()(shelf_commands.rm)
+app.add_typer(shelf_commands.trash_app, name="trash")
 
 
 @app.command("run")

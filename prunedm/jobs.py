@@ -80,11 +80,12 @@ class Jobs:
             if run.id in self._waiting or state.status not in RESUMABLE:
                 raise store.StoreError(f"run {run.id} is {state.status}; it cannot be resumed")
             run.clear_stop()
+            run.clear_pause()
             run.claim(state, "queued")
         self._put(run)
 
     def stop(self, run: Run) -> None:
-        """Ask a running run to stop after its step, or take a queued one out of the queue."""
+        """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
         with self._lock:
             if run.id in self._waiting:
                 self._waiting.remove(run.id)

@@ -8,11 +8,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+from . import system
 from .inputs import InputError
 from .progress import MetricsWriter
 from .records import RESUMABLE, Step
 from .stages import Pipeline
 from .store import Run
+
+LOOK_EVERY = 0.2  # seconds between two looks at what a paused run is asked to do
+HEARTBEAT = 5.0  # seconds between two signs of life of a paused run
 
 
 def execute(
@@ -22,11 +26,12 @@ def execute(
 ) -> str:
     """Run or resume; returns the final status: done, stopped or failed. Records every ending.
 
-    ``stop`` is asked after each step; so is the run's stop file, through which other processes ask.
+    ``stop`` is asked after each step; so are the run's request files, through which other processes ask
+    it to stop, to pause and to go on.
     """
     from . import training
 
-    with run.lock(), training.memory_kept():
+    with run.lock(), training.memory_kept(), system.sampled(run):
         state = run.state()
         run.claim(state, "running")
         writer = MetricsWriter(run, state)
@@ -55,22 +60,58 @@ class Stopped(Exception):  # noqa: N818
 
 
 def _recorded_steps(run: Run, writer: MetricsWriter, stop: Callable[[], bool]) -> Iterator[Step]:
-    """The pipeline's steps, each recorded and then followed by a look at stop requests."""
+    """The pipeline's steps, each recorded and then followed by a look at requests to stop and to pause."""
+
+    def told_to_stop() -> bool:
+        return stop() or run.stop_requested()
+
     state, started = writer.state, time.time()
     before, state.started, state.ended = state.seconds, started, None
     run.event("started", stages_done=list(state.stages_done))
     run.log(f"started (stages done: {', '.join(state.stages_done) or 'none'})")
-    if stop() or run.stop_requested():
+    if told_to_stop():
         raise Stopped
     work = Pipeline(run, run.recipe(), writer)
+    started += _hold(work, told_to_stop)
     for step in work.stages():
         state.seconds = before + time.time() - started
         writer.add(step)
         yield step
-        if stop() or run.stop_requested():
+        if told_to_stop():
             work.save_checkpoint()
             raise Stopped
+        started += _hold(work, told_to_stop)
     state.seconds = before + time.time() - started
+
+
+def _hold(work: Pipeline, told_to_stop: Callable[[], bool]) -> float:
+    """Wait for as long as a pause is asked for; returns the seconds waited.
+
+    The checkpoint is saved first, so that a process that dies here loses nothing. Raises Stopped when the
+    run is asked to stop meanwhile.
+    """
+    run, writer = work.run, work.writer
+    if not run.pause_requested():
+        return 0.0
+    work.save_checkpoint()
+    began = time.monotonic()
+    writer.state.status = "paused"
+    run.event("paused")
+    run.log("paused")
+    writer.flush()
+    while run.pause_requested():
+        if told_to_stop():
+            raise Stopped
+        time.sleep(LOOK_EVERY)
+        if time.monotonic() - writer.written > HEARTBEAT:
+            writer.flush()
+    seconds = time.monotonic() - began
+    writer.held(seconds)
+    writer.state.status = "running"
+    run.event("continued", seconds=round(seconds, 3))
+    run.log(f"continued after a pause of {seconds:.0f} s")
+    writer.flush()
+    return seconds
 
 
 def import_all() -> None:
@@ -83,11 +124,12 @@ def import_all() -> None:
 
 
 def resumable(run: Run) -> None:
-    """InputError unless the run can go on; an old request to stop is forgotten."""
+    """InputError unless the run can go on; old requests to stop or to pause are forgotten."""
     status = run.state().status
     if status not in RESUMABLE:
         raise InputError(f"run {run.id} is {status}; only {', '.join(RESUMABLE)} runs can be resumed")
     run.clear_stop()
+    run.clear_pause()
 
 
 def plain_words(error: BaseException) -> str:

@@ -38,6 +38,10 @@ class MetricsWriter:
         if now - self.written >= self.every:
             self.flush()
 
+    def held(self, seconds: float) -> None:
+        """The run was paused for so long: rate and time left do not count it."""
+        self.stage_began += seconds
+
     def flush(self) -> None:
         self.written = time.monotonic()
         self.run.write_state(self.state)

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Status = Literal["queued", "running", "stopping", "done", "stopped", "failed", "interrupted"]
-ACTIVE: tuple[Status, ...] = ("queued", "running", "stopping")
+Status = Literal["queued", "running", "paused", "stopping", "done", "stopped", "failed", "interrupted"]
+ACTIVE: tuple[Status, ...] = ("queued", "running", "paused", "stopping")
 RESUMABLE: tuple[Status, ...] = ("stopped", "failed", "interrupted")
 VARIANTS = ("dense", "structured", "nm")
 VARIANT_LABELS = {"dense": "dense", "structured": "structured", "nm": "N:M"}
@@ -58,7 +58,7 @@ class LayerReport:
     density: float | None = None
     position_balance: list[float] | None = None
     pattern: str = "dense"
-    pattern_shares: list[float] | None = None  # of each set of kept positions, in pattern.kept_sets' order
+    pattern_shares: list[float] | None = None  # of each set of kept positions, in Pattern.kept_sets' order
 
 
 @dataclass

@@ -3,11 +3,11 @@
 ::
 
     runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  mask-layers.jsonl  log.txt
-                layers.json  allocation.json  evaluation.json
+                system.jsonl  layers.json  allocation.json  evaluation.json
                 masks/*.npz  samples/*.png  checkpoints/*.safetensors  variants/<name>/...  report.html
 
-JSON files are replaced atomically; JSONL files only grow, and a line that a crash tore is ignored by
-readers, closed off by the next writer and dropped on resume. Nothing here is a pickle.
+JSON files are replaced atomically; JSONL files only grow (``system.jsonl`` is thinned), and a line that a
+crash tore is ignored by readers, closed off by the next writer and dropped on resume. Nothing here is a pickle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import io
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 import numpy as np
-import psutil
 from filelock import FileLock, Timeout
 
+from . import owner
 from . import recipe as recipes
 from .records import ACTIVE, STAGES, VARIANTS, LayerReport, RunState, Status
 
@@ -38,6 +37,7 @@ MASKS = "masks.safetensors"  # in the N:M variant's folder, with its manifest (m
 VARIANT_RECORD = "prunedm.json"  # in a variant's folder, written last: what was done to it
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 MASK_LAYERS = "mask-layers.jsonl"
+SYSTEM = "system.jsonl"
 SCHEMA = 1
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
@@ -145,7 +145,7 @@ class Run:
         numbers = (state.created, state.seconds, state.heartbeat, state.step, state.of, state.pid_started or 0)
         if state.status not in get_args(Status) or not all(isinstance(n, int | float) for n in numbers):
             raise StoreError(f"{self.folder}/state.json is damaged; restore or delete the run")
-        if state.status in ACTIVE and not _owner_lives(state):
+        if state.status in ACTIVE and not owner.lives(state, STALE_AFTER):
             state.status = "interrupted"
         elif state.status in ACTIVE and self.stop_requested():
             state.status = "stopping"
@@ -157,15 +157,15 @@ class Run:
 
     def claim(self, state: RunState, status: Status) -> None:
         """Record this process as the run's owner."""
-        state.status, state.pid = status, os.getpid()
-        state.pid_started = psutil.Process().create_time()
-        state.host, state.error = socket.gethostname(), None
+        owner.sign(state)
+        state.status, state.error = status, None
         self.write_state(state)
 
     def end(self, state: RunState, status: Status, error: str | None) -> None:
         """Record how the work on the run ended."""
         state.status, state.error, state.ended, state.eta = status, error, time.time(), None
         self.clear_stop()
+        self.clear_pause()
         self.write_state(state)
 
     @contextmanager
@@ -181,7 +181,7 @@ class Run:
         finally:
             lock.release()
 
-    # --- stop requests, seen by whichever process works on the run -----------------------------
+    # --- requests, seen by whichever process works on the run ----------------------------------
     def request_stop(self) -> None:
         (self.folder / "stop").touch()
 
@@ -190,6 +190,15 @@ class Run:
 
     def stop_requested(self) -> bool:
         return (self.folder / "stop").exists()
+
+    def request_pause(self) -> None:
+        (self.folder / "pause").touch()
+
+    def clear_pause(self) -> None:
+        (self.folder / "pause").unlink(missing_ok=True)
+
+    def pause_requested(self) -> bool:
+        return (self.folder / "pause").exists()
 
     # --- growing files -----------------------------------------------------------------------
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
@@ -380,13 +389,3 @@ def all_runs(runs_dir: Path) -> list[Run]:
         return []
     folders = [p for p in runs_dir.iterdir() if RUN_ID.fullmatch(p.name) and not p.is_symlink()]
     return [Run(p) for p in sorted(folders, reverse=True) if os.path.isfile(p / "recipe.yaml")]
-
-
-def _owner_lives(state: RunState) -> bool:
-    if state.host != socket.gethostname():
-        return time.time() - state.heartbeat < STALE_AFTER
-    try:
-        created = psutil.Process(state.pid).create_time()
-    except (psutil.Error, TypeError, ValueError):
-        return False
-    return abs(created - (state.pid_started or 0)) < 1.0

@@ -9,16 +9,21 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "bundled", "store", "cache", "comparison",
+    "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "owner", "bundled", "store", "system",
+    "glossary", "cache", "comparison", "shelf",
     "progress", "snapshots", "pictures", "pattern", "charts", "packed",
     "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
     "importance", "mask_methods", "reinforce", "learn", "diagnostics", "allocate",
     "onnx_graph", "semi_structured", "verify", "subject", "sizes", "extractors", "metrics", "faithfulness", "samples",
-    "quality", "environment", "evaluate", "figures", "report", "report_html", "report_sections", "report_costs",
-    "report_runs", "report_page", "model_card", "inputs", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
+    "quality", "environment", "evaluate",
+    "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_page",
+    "model_card", "inputs", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
     "onnx_int8", "onnx_export", "export", "judging",
-    "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "__main__",
+    "sweep_ranges", "sweep_spec", "sweep_trials", "sweep_sampler", "sweep", "sweep_watch", "sweep_worker",
+    "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "control_commands",
+    "shelf_commands",
+    "sweep_commands", "__main__",
 ]  # fmt: skip
 
 

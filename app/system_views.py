@@ -1,0 +1,285 @@
+"""What a run does to its machine, over time and now; and what this machine is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import time
+from bisect import bisect_right
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import streamlit as st
+
+from app import lab, parts
+from app.live_plot import live_plot
+from prunedm import cache, charts, environment, system
+from prunedm.charts import Figure
+from prunedm.jobs import load_engine
+from prunedm.store import SYSTEM, Run
+
+POINTS = 300  # of a trace at most
+FRESH = 10.0  # seconds within which a sample is the state of now
+GIB = 2**30
+COLORS, DASHES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), ("solid", "dash", "dot", "dashdot")
+NO_GPU = (
+    "No GPU was seen. To see an NVIDIA GPU here, install nvidia-ml-py (it is in requirements-extra.txt) and start "
+    "the lab again."
+)
+GPU_FIGURES = {  # key: title, unit, divisor, key of its upper end
+    "utilisation": ("GPU load", "%", 1, None),
+    "memory": ("GPU memory", "GiB", GIB, "memory_total"),
+    "temperature": ("GPU temperature", "°C", 1, None),
+    "power": ("GPU power", "W", 1, None),
+}
+
+
+# --- A run's figures
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    return [record for record in lab.lines(run, SYSTEM) if system.is_sample(record)]
+
+
+def strip(run: Run) -> None:
+    """CPU, memory and GPU at this moment, in one line."""
+    last = next(iter(lab.lines(run, SYSTEM)[-1:]), None)
+    if system.is_sample(last) and time.time() - last["time"] < FRESH:
+        st.caption(" · ".join(now(last)))
+    else:
+        st.caption("CPU, memory and GPU: the first figures come a few seconds after the start.")
+
+
+def now(record: dict[str, Any]) -> list[str]:
+    """A sample in words."""
+    cores, total = record["cores"], record["machine_memory_total"] / GIB
+    said = [
+        f"**CPU** {record['machine_cpu']:.0f} % of {cores} cores (this run {record['cpu'] / cores:.0f} %)",
+        f"**Memory** {record['machine_memory'] / GIB:.1f} of {total:.1f} GiB (this run {record['memory'] / GIB:.1f})",
+    ]
+    gpus = record.get("gpus", [])
+    return said + ([gpu_now(gpu) for gpu in gpus] or ["**GPU** none seen"])
+
+
+def gpu_now(gpu: dict[str, Any]) -> str:
+    """A GPU in words; what it does not tell is left out."""
+    figures = []
+    for key, (_, unit, divisor, upper) in GPU_FIGURES.items():
+        if gpu[key] is not None:
+            digits = 1 if divisor > 1 else 0
+            of = f" of {gpu[upper] / divisor:.{digits}f}" if upper and gpu[upper] is not None else ""
+            figures.append(f"{gpu[key] / divisor:.{digits}f}{of} {unit}")
+    return f"**GPU {gpu['index']}** {', '.join(figures) or 'tells nothing'}"
+
+
+def tab(run: Run) -> None:
+    """Charts of CPU, memory and each GPU over the run."""
+    found = samples(run)
+    if not found:
+        st.caption("CPU, memory and GPU appear here a few seconds after the run starts.")
+        return
+    starts = [event["time"] for event in lab.events(run, "started")]
+    shown = system.spaced(found, (found[-1]["time"] - found[0]["time"]) / POINTS) if len(found) > POINTS else found
+    minutes = running_minutes([record["time"] for record in shown], starts)
+    last = found[-1]
+    left, right = st.columns(2)
+    with left:
+        said = f"CPU over time; at the end {last['machine_cpu']:.0f} % of the machine's {last['cores']} cores"
+        live_plot(cpu(shown, minutes, run.id), "system-cpu", said)
+    with right:
+        said = f"Memory over time; at the end this run holds {last['memory'] / GIB:.1f} GiB"
+        live_plot(memory(shown, minutes, run.id), "system-memory", said)
+    gpu_charts(run, shown, minutes)
+    st.caption(
+        "Every two seconds; in long runs the past is thinned. This run is the process that works on it: in the lab, "
+        "the server with its pages too. The time between a stop and Resume is left out."
+    )
+
+
+def gpu_charts(run: Run, shown: list[dict[str, Any]], minutes: list[float]) -> None:
+    names = gpu_names(shown)
+    if not names:
+        st.caption(NO_GPU)
+        return
+    drawn = [key for key in GPU_FIGURES if any(g[key] is not None for r in shown for g in r.get("gpus", []))]
+    for position, key in enumerate(drawn):
+        if position % 2 == 0:
+            columns = st.columns(2)
+        with columns[position % 2]:
+            figure = gpu(shown, minutes, key, names, run.id)
+            live_plot(figure, f"system-gpu-{key}", f"{GPU_FIGURES[key][0]} over time: {', '.join(names.values())}")
+    st.caption(", ".join(f"GPU {index}: {parts.plain(name)}" for index, name in names.items()) + ".")
+    missing = [GPU_FIGURES[key][0] for key in GPU_FIGURES if key not in drawn]
+    if missing:
+        st.caption(f"Not told by this GPU: {', '.join(missing)}.")
+
+
+def gpu_names(shown: list[dict[str, Any]]) -> dict[int, str]:
+    """Index to name of every GPU in the samples."""
+    return {g["index"]: g["name"] or "unnamed" for r in shown for g in r.get("gpus", [])}
+
+
+# --- Figures for live_plot
+
+
+def running_minutes(times: list[float], starts: list[float]) -> list[float]:
+    """Minutes since the start at each time: what lies between a session's last sample and the next start is cut."""
+    minutes, cut, previous, session = [], 0.0, times[0], -1
+    for at in times:
+        now_in = bisect_right(starts, at)
+        if now_in != session:
+            began = starts[now_in - 1] if now_in else at
+            cut += max(0.0, began - previous) if session >= 0 else began
+            session = now_in
+        minutes.append(round((at - cut) / 60, 4))
+        previous = at
+    return minutes
+
+
+def cpu(shown: list[dict[str, Any]], minutes: list[float], view: str) -> Figure:
+    """Shares of all cores: this run, and the whole machine."""
+    run = [round(r["cpu"] / r["cores"], 1) for r in shown]
+    machine = [r["machine_cpu"] for r in shown]
+    traces = [trace("this run", minutes, run, 0), trace("whole machine", minutes, machine, 1)]
+    found = layout("CPU, % of all cores", f"{view}/cpu")
+    found["yaxis"]["range"] = [0, 105]
+    return {"data": traces, "layout": found}
+
+
+def memory(shown: list[dict[str, Any]], minutes: list[float], view: str) -> Figure:
+    """GiB: what this run holds, what the machine has in use, and what there is."""
+    series = (("this run", "memory"), ("whole machine", "machine_memory"), ("installed", "machine_memory_total"))
+    traces = [
+        trace(name, minutes, [round(r[key] / GIB, 3) for r in shown], number)
+        for number, (name, key) in enumerate(series)
+    ]
+    traces[-1]["line"] |= {"color": charts.GREY, "width": 1}
+    return {"data": traces, "layout": layout("memory, GiB", f"{view}/memory")}
+
+
+def gpu(shown: list[dict[str, Any]], minutes: list[float], key: str, names: dict[int, str], view: str) -> Figure:
+    """One figure of every GPU; where it was not told the line has a gap."""
+    title, unit, divisor, upper = GPU_FIGURES[key]
+    by_index = [{g["index"]: g for g in r.get("gpus", [])} for r in shown]
+    traces = []
+    for number, index in enumerate(names):
+        for field in filter(None, (key, upper)):
+            found = [gpus.get(index, {}).get(field) for gpus in by_index]
+            values = [None if value is None else round(value / divisor, 2) for value in found]
+            traces.append(trace(f"GPU {index}" if field == key else f"GPU {index} has", minutes, values, number))
+            if field == upper:
+                line = traces[-1]["line"] | {"color": charts.GREY, "width": 1, "dash": "dot"}
+                traces[-1] |= {"line": line, "showlegend": False}
+    found = layout(f"{title}, {unit}", f"{view}/gpu/{key}")
+    if unit == "%":
+        found["yaxis"]["range"] = [0, 105]
+    return {"data": traces, "layout": found}
+
+
+def trace(name: str, x: list[float], y: list[float | None], number: int) -> dict[str, Any]:
+    line = {"color": COLORS[number % len(COLORS)], "dash": DASHES[number % len(DASHES)], "width": 2}
+    return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": line, "connectgaps": False}
+
+
+def layout(title: str, view: str) -> dict[str, Any]:
+    axis = {"gridcolor": charts.GRID, "zeroline": False, "automargin": True, "rangemode": "tozero"}
+    return {
+        "height": 300,
+        "margin": {"l": 50, "r": 10, "t": 40, "b": 45},
+        "legend": {"orientation": "h", "y": 1.15},
+        "uirevision": view,
+        "showlegend": True,
+        "font": {"color": charts.GREY},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "xaxis": axis | {"title": {"text": "minutes since the start"}},
+        "yaxis": axis | {"title": {"text": title}},
+    }
+
+
+# --- This machine
+
+
+class Folder(NamedTuple):
+    """A folder on disk: how large it is, and what is free beside it, bytes."""
+
+    name: str
+    path: Path
+    size: int
+    free: int
+
+
+@dataclass
+class Look:
+    """All that the System page asks of the machine, at one time."""
+
+    checks: list[environment.Check]
+    devices: dict[str, str]
+    gpus: list[dict[str, Any]]
+    gpu_problem: str
+    folders: list[Folder]
+    taken: float
+
+
+@st.cache_resource(show_spinner=False)
+def _looking(runs_dir: Path) -> Future[Look]:
+    pool = ThreadPoolExecutor(1, "prunedm-look")
+    try:
+        return pool.submit(take, runs_dir)
+    finally:
+        pool.shutdown(wait=False)
+
+
+def look() -> Future[Look]:
+    """The machine as it was looked at last, in the background: importing torch takes seconds."""
+    return _looking(lab.runs_dir())
+
+
+def look_again() -> None:
+    """The next look is a new one."""
+    _looking.clear()
+
+
+def take(runs_dir: Path) -> Look:
+    load_engine()  # environment's checks use torch
+    gpus = system.Gpus()
+    folders = [folder("Runs", runs_dir), folder("Cache", cache.folder(""))]
+    devices, checks = environment.machine(), environment.checks(runs_dir)
+    return Look(checks, devices, gpus.look(), gpus.problem, folders, time.time())
+
+
+def folder(name: str, path: Path) -> Folder:
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return Folder(name, path, size_of(path), shutil.disk_usage(existing).free)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files below; what cannot be read, or goes meanwhile, is not counted."""
+    total = 0
+    for place, _, names in os.walk(path):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_size
+            except OSError:
+                continue
+    return total
+
+
+def bytes_in_words(count: float) -> str:
+    """Bytes as MiB below one GiB, else as GiB."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def licence(package: str) -> str | None:
+    """What an installed package's metadata says of its licence; None when it is not installed."""
+    try:
+        found = importlib.metadata.metadata(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    stated = (found.get("License") or "").strip()
+    named = [c.rpartition(" :: ")[2] for c in found.get_all("Classifier") or [] if c.startswith("License ::")]
+    short = stated if stated and len(stated) < 60 and "\n" not in stated else ""  # some put the whole text there
+    return found.get("License-Expression") or short or ", ".join(named) or "not stated in its metadata"

@@ -1,0 +1,114 @@
+"""A sweep's look at a run that is under way: intermediate values, and whether to end it early.
+
+A run of today records no validation loss while it trains, so that what is reported is the mean training loss of
+each quarter of fine-tuning, mask learning and recovery. Where a stage's steps carry a ``validation_loss``, the last
+one of the quarter is reported in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from .records import ACTIVE, STAGE_LABELS, Step
+from .store import Run
+from .sweep_spec import Sweep
+from .sweep_trials import SEEN
+
+if TYPE_CHECKING:
+    from optuna import Trial
+
+Stop = Callable[[], bool]
+OnStep = Callable[[Step], None]
+QUARTERS = 4
+VALIDATION, TRAINING = "validation loss", "mean training loss of a quarter of a stage"
+
+
+class Watch:
+    """Reports the run of one trial to the study. ``on_step`` and ``stop`` are for ``pipeline.execute``."""
+
+    def __init__(self, trial: Trial, run: Run, spec: Sweep, stop: Stop) -> None:
+        self.trial, self.run, self.pruner, self._stop = trial, run, spec.pruner, stop
+        self.reports = len(spec.objectives.figures) == 1  # Optuna takes intermediate values of one objective alone
+        recipe = run.recipe()
+        self.steps = {
+            "finetune": recipe.prune.finetune_steps,
+            "mask": recipe.mask.steps,
+            "recover": recipe.mask.recover_steps,
+        }
+        self.losses: list[float] = []
+        self.validated: float | None = None
+        self.asked = False  # whether someone asked the sweep to stop
+        self.lost = False  # whether the trial was taken from this worker
+        self.pruned = ""  # why the run is to end early, in one line
+        for record in run.metrics():  # of a run that is gone on with
+            self._add(record["stage"], record["step"], record, live=False)
+
+    def on_step(self, step: Step) -> None:
+        """Take one step of the run in."""
+        self._add(step.stage, step.step, step.values, live=True)
+
+    def stop(self) -> bool:
+        """Whether the run is to end after this step."""
+        self.asked = self.asked or self._stop()
+        return self.asked or self.lost or bool(self.pruned)
+
+    def _add(self, stage: str, step: int, values: dict[str, Any], live: bool) -> None:
+        of = self.steps.get(stage, 0)
+        if not self.reports or "loss" not in values or not 0 < step <= of:
+            return
+        self.losses.append(values["loss"])
+        self.validated = values.get("validation_loss", self.validated)
+        done = step * QUARTERS // of
+        if done > (step - 1) * QUARTERS // of:
+            value = sum(self.losses) / len(self.losses) if self.validated is None else self.validated
+            what = TRAINING if self.validated is None else VALIDATION
+            self.losses, self.validated = [], None
+            self._report(list(self.steps).index(stage) * QUARTERS + done, value, what, f"{stage} {step}/{of}", live)
+
+    def _report(self, point: int, value: float, what: str, place: str, live: bool) -> None:
+        """Tell the study, and ask its pruner. A database that does not answer costs no run."""
+        from optuna.exceptions import OptunaError, UpdateFinishedTrialError
+
+        try:
+            self.trial.report(value, point)
+            if SEEN not in self.trial.user_attrs:
+                self.trial.set_user_attr(SEEN, what)
+            if live and self.pruner != "none" and not self.pruned and self.trial.should_prune():
+                stage, _, steps = place.partition(" ")
+                self.pruned = f"pruned ({self.pruner}) at {STAGE_LABELS[stage]} {steps}: {what} {value:.5g}"
+        except UpdateFinishedTrialError:
+            self.lost = True
+        except OptunaError as error:
+            self.run.log(f"the sweep could not be told of {place}: {' '.join(str(error).split())[:200]}")
+
+
+def follow(run: Run, on_step: OnStep, stop: Stop, ask: Callable[[], None], poll: float = 1.0) -> str:
+    """Wait for a run that another thread or process executes, and return its final status.
+
+    ``on_step`` gets its steps from the metrics file, those of before left out; ``ask`` is called once when
+    ``stop`` says so.
+    """
+    path, asked = run.folder / "metrics.jsonl", False
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        status = run.state().status  # before the metrics, so that those of the last steps are not missed
+        size = path.stat().st_size if path.exists() else 0
+        position = min(position, size)  # a resumed run drops what lies beyond its checkpoint
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(position)
+            whole = file.read().rpartition(b"\n")
+            position += len(whole[0]) + len(whole[1])
+        for line in whole[0].splitlines() if size else ():
+            with suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                on_step(Step(record.pop("stage"), record.pop("step"), 0, record))
+        if status not in ACTIVE:
+            return status
+        if stop() and not asked:
+            ask()
+            asked = True
+        time.sleep(poll)
