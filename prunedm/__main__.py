@@ -1,5 +1,5 @@
-"""The command line: ``python -m prunedm run|resume|sweep|pause|continue|stop|ls|show|tag|note|archive|rm|trash|doctor``,
-``masks|pretrain|export|verify`` and ``evaluate|compare|report``.
+"""The command line: ``python -m prunedm run|resume|sweep|pause|continue|stop|ls|show|tag|note|archive|rm|trash``,
+``doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
