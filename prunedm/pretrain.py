@@ -18,7 +18,7 @@ import torch
 
 from . import data, diffusion, training, unet
 from . import recipe as recipes
-from .evaluate import VALIDATION_BATCH, VALIDATION_IMAGES
+from .quality import VALIDATION_BATCH, VALIDATION_IMAGES
 from .recipe import Recipe
 from .records import Step
 from .seeds import derive
