@@ -16,9 +16,9 @@ from prunedm.comparison import Judged
 from prunedm.jobs import load_engine
 
 MODES = {
-    "recorded": "as each run recorded them",
+    "recorded": "by each run itself",
     "quick": "128 images, 10 steps",
-    "standard": "as set",
+    "standard": "the recipes' settings",
     "full": "2,048 images",
 }
 Key = tuple[tuple[str, ...], str]
