@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import types
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import streamlit as st
 
+from app import parts
 from prunedm import recipe as recipes
-from prunedm.recipe import Recipe
+from prunedm.recipe import Recipe, RecipeError
+from prunedm.stage_recipes import Section
 
 SECTIONS = {
     "model": "Model",
@@ -57,11 +60,53 @@ def fill(recipe: Recipe) -> None:
 
 def _is_text(path: str) -> bool:
     """Whether a field is typed as YAML: a list, or a value that may be left empty."""
+    return _typed_as_yaml(*_kind(_field(path).annotation))
+
+
+def _field(path: str) -> Any:
     model: Any = Recipe
     *sections, name = path.split(".")
     for section in sections:
         model = model.model_fields[section].annotation
-    return _typed_as_yaml(*_kind(model.model_fields[name].annotation))
+    return model.model_fields[name]
+
+
+def held() -> dict[str, Any]:
+    """The document that the widgets hold, known before they are drawn; not yet validated."""
+    document: dict[str, Any] = {}
+    for path in recipes.flatten(Recipe().model_dump()):
+        section, _, name = path.rpartition(".")
+        part = document.setdefault(section, {}) if section else document
+        part[name] = _value(_field(path), st.session_state.get(key(path)))
+    return document
+
+
+def faults(document: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with a document, by the field (or section) that it is wrong of; empty when nothing is."""
+    try:
+        recipes.build(document)
+    except RecipeError as error:
+        found: dict[str, str] = {}
+        for fault in error.__cause__.errors():  # type: ignore[union-attr]
+            rule = " ".join(fault["msg"].removeprefix("Value error, ").split())
+            found.setdefault(_place(fault["loc"], rule), rule)
+        return found
+    return {}
+
+
+def _place(location: tuple, rule: str) -> str:
+    """The field that a fault is shown beside: where it was found, else the one that its text begins with."""
+    parts_, model = [], Recipe
+    for step in location:
+        if not isinstance(step, str) or step not in model.model_fields:
+            break
+        parts_.append(step)
+        model = model.model_fields[step].annotation
+        if not (isinstance(model, type) and issubclass(model, Section)):
+            return ".".join(parts_)
+    named = re.match(r"[\w.]*", rule)[0].rstrip(".")
+    path = ".".join([*parts_, named])
+    return path if path in recipes.flatten(Recipe().model_dump()) else ".".join(parts_)
 
 
 def _typed_as_yaml(kind: Any, optional: bool) -> bool:
@@ -74,34 +119,51 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)  # JSON is YAML
 
 
-def fields() -> dict[str, Any]:
-    """Draw all widgets; returns the document that they hold, not yet validated."""
+def fields(wrong: dict[str, str] | None = None, sources: dict[str, str] | None = None) -> dict[str, Any]:
+    """Draw all widgets; returns the document that they hold, not yet validated.
+
+    ``wrong``: faults by field, shown below their widgets. ``sources``: models to choose from, with their labels.
+    """
+    wrong, sources = wrong or {}, sources or {}
     document: dict[str, Any] = {}
     for name, column in zip(TOP_LEVEL, st.columns(3)):
         with column:
             document[name] = _widget(name, Recipe.model_fields[name])
+            _say(wrong.get(name))
     left, right = st.columns(2)
     for number, (section, title) in enumerate(SECTIONS.items()):
         with (left, right)[number % 2], st.container(border=True):
             st.subheader(title)
+            _say(wrong.get(section))
             model = Recipe.model_fields[section].annotation
             folded = FOLDED.get(section, ())
             shown = {name: field for name, field in model.model_fields.items() if name not in folded}
-            document[section] = _pairs(section, shown)
+            document[section] = _pairs(section, shown, wrong, sources)
             if folded:
-                with st.expander("More settings"):
-                    document[section] |= _pairs(section, {name: model.model_fields[name] for name in folded})
+                hidden = {name: model.model_fields[name] for name in folded}
+                with st.expander("More settings", expanded=any(f"{section}.{name}" in wrong for name in folded)):
+                    document[section] |= _pairs(section, hidden, wrong, sources)
     return document
 
 
-def _pairs(section: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Widgets two by two; returns their values."""
+def _say(fault: str | None) -> None:
+    if fault:
+        st.error(parts.plain(fault))
+
+
+def _pairs(section: str, chosen: dict[str, Any], wrong: dict[str, str], sources: dict[str, str]) -> dict[str, Any]:
+    """Widgets two by two, each with its fault; returns their values."""
     values = {}
     for position, (name, field) in enumerate(chosen.items()):
         if position % 2 == 0:
-            pair = st.columns(2, vertical_alignment="bottom")
+            # level with each other, unless a fault below one of them would push it out of line
+            faulty = any(f"{section}.{name}" in wrong for name in [*chosen][position : position + 2])
+            pair = st.columns(2, vertical_alignment="top" if faulty else "bottom")
         with pair[position % 2]:
-            values[name] = _widget(f"{section}.{name}", field)
+            path = f"{section}.{name}"
+            is_source = path == "model.source"
+            values[name] = _source(path, field, sources) if is_source else _widget(path, field)
+            _say(wrong.get(path))
     return values
 
 
@@ -117,25 +179,48 @@ def command_line(recipe: Recipe, runs_dir: Path) -> str:
     return shlex.join(parts)
 
 
+def _common(path: str, field: Any) -> dict[str, Any]:
+    return {"key": key(path), "help": field.description, "persist_state": "session"}
+
+
+def _source(path: str, field: Any, sources: dict[str, str]) -> str:
+    """The model: one of those that are here, or what is typed."""
+    options = list(dict.fromkeys([*sources, st.session_state.get(key(path)) or "bundled"]))
+    return st.selectbox(
+        "source", options, format_func=lambda o: sources.get(o, o), accept_new_options=True, **_common(path, field)
+    )
+
+
 def _widget(path: str, field: Any) -> Any:
     kind, optional = _kind(field.annotation)
     label = path.rpartition(".")[2].replace("_", " ")
-    common = {"key": key(path), "help": field.description, "persist_state": "session"}
+    common = _common(path, field)
     if _typed_as_yaml(kind, optional):
-        text = st.text_input(label, placeholder="automatic" if optional else "none", **common)
+        given: Any = st.text_input(label, placeholder="automatic" if optional else "none", **common)
+    elif get_origin(kind) is Literal:
+        given = st.selectbox(label, get_args(kind), **common)
+    elif kind is bool:
+        given = st.toggle(label, **common)
+    elif kind is int:
+        given = st.number_input(label, step=1, **common)
+    elif kind is float:
+        given = st.number_input(label, step=None if path == "train.lr" else 0.05, format="%g", **common)
+    else:
+        given = st.text_input(label, **common)
+    return _value(field, given)
+
+
+def _value(field: Any, given: Any) -> Any:
+    """What a widget's value stands for in the document."""
+    kind, optional = _kind(field.annotation)
+    if _typed_as_yaml(kind, optional):
+        if not (given or "").strip():
+            return None if optional else []
         try:
-            return recipes.parse_value(text) if text.strip() else None if optional else []
-        except recipes.RecipeError:
-            return text  # not even YAML: validation names the field and the rule
-    if get_origin(kind) is Literal:
-        return st.selectbox(label, get_args(kind), **common)
-    if kind is bool:
-        return st.toggle(label, **common)
-    if kind is int:
-        return int(st.number_input(label, step=1, **common))
-    if kind is float:
-        return st.number_input(label, step=None if path == "train.lr" else 0.05, format="%g", **common)
-    return st.text_input(label, **common)
+            return recipes.parse_value(given)
+        except RecipeError:
+            return given  # not even YAML: validation names the field and the rule
+    return int(given) if kind is int and given is not None else given
 
 
 def _kind(annotation: Any) -> tuple[Any, bool]:

@@ -19,6 +19,7 @@ PAGES = {
     "Lab": [
         st.Page(ROOT / "pages" / "home.py", title="Home", url_path="home", default=True),
         st.Page(ROOT / "pages" / "launch.py", title="Launch", url_path="launch"),
+        st.Page(ROOT / "pages" / "sweep.py", title="Sweep", url_path="sweep"),
         st.Page(ROOT / "pages" / "monitor.py", title="Monitor", url_path="monitor"),
     ],
     "Results": [

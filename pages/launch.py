@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from app import forms, lab, parts
+from app import forms, lab, launch_views, parts
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe, RecipeError
 
@@ -15,12 +15,21 @@ def presets() -> None:
         column.caption(forms.PRESET_HELP[name])
 
 
-def current() -> Recipe | None:
-    """The form's recipe, or None with the fault said."""
+def current(cards: list[lab.Card]) -> Recipe | None:
+    """The form's recipe; None with the fault said above the form and beside its field."""
+    document = forms.held()
+    wrong = forms.faults(document)
+    if wrong:
+        try:
+            recipes.build(document)
+        except RecipeError as error:
+            st.error(parts.plain(error))
+    drawn = forms.fields(wrong, launch_views.sources(cards))
     try:
-        return recipes.build(forms.fields())
+        return recipes.build(drawn)
     except RecipeError as error:
-        st.error(parts.plain(error))
+        if not wrong:
+            st.error(parts.plain(error))
         return None
 
 
@@ -38,27 +47,18 @@ def relevant(recipe: Recipe) -> Recipe:
     return Recipe.model_validate(kept)
 
 
-def prediction(recipe: Recipe) -> bool:
-    """Sizes and layers that this recipe will lead to; False when it cannot run."""
+def prediction(recipe: Recipe, cards: list[lab.Card]) -> bool:
+    """Sizes, time and layers that this recipe will lead to; False when it cannot run."""
     st.subheader("What this will do")
     try:
         found = lab.preview(relevant(recipe).model_dump_json(), str(lab.runs_dir()))
+        launch_views.sizes(recipe, found)
     except (ValueError, OSError) as error:
         st.error(parts.plain(error))
         return False
-    sizes, macs = found["parameters"], found["macs"]
-    dense, structured, nonzero = sizes["dense"], sizes["structured"], sizes["nm_nonzero"]
-    change = macs["structured"] / macs["dense"] - 1
-    boxes = [
-        ("Parameters, dense", f"{dense:,}", None),
-        ("after stage 1", f"{structured:,}", f"{structured / dense - 1:.1%}"),
-        ("non-zero after stage 2", f"{nonzero:,}", f"{nonzero / dense - 1:.1%}"),
-        ("MACs an image after stage 1", f"{macs['structured'] / 1e6:,.0f} M", f"{change:.1%}"),
-    ]
-    for column, (label, value, delta) in zip(st.columns(4), boxes):
-        column.metric(label, value, delta, "inverse", border=True)
     stage_one(recipe, found["prune"])
-    layers(recipe, found)
+    launch_views.time_needed(recipe, found["macs"], cards)
+    launch_views.layers(recipe, found)
     return True
 
 
@@ -74,41 +74,30 @@ def stage_one(recipe: Recipe, pruned: dict | None) -> None:
         st.warning(f"The target of {recipe.prune.target:.0%} is not met: {pruned['reason']}.")
 
 
-def layers(recipe: Recipe, found: dict) -> None:
-    masked = [layer for layer in found["layers"] if layer["eligible"]]
-    patterns = ", ".join(sorted({layer["pattern"] for layer in masked}))
-    if recipe.mask.density is not None:
-        patterns = "N:M (each layer's pattern is chosen by its measured sensitivity when the run begins)"
-    with st.expander(f"Layers: {len(masked)} of {len(found['layers'])} will carry {patterns} masks"):
-        st.dataframe(
-            [
-                {
-                    "layer": layer["layer"],
-                    "kind": layer["kind"],
-                    "shape after stage 1": " x ".join(map(str, layer["shape"])),
-                    "pattern": layer["pattern"] if recipe.mask.density is None else "",
-                    "groups": layer["groups"],
-                    "masked": "yes" if layer["eligible"] else "no",
-                    "why not": layer["reason"],
-                }
-                for layer in found["layers"]
-            ],
-            hide_index=True,
-        )
+def elsewhere(recipe: Recipe) -> None:
+    """The same run outside the form: as a command and as a file."""
+    st.subheader("The same on the command line")
+    st.code(forms.command_line(recipe, lab.runs_dir()), language="bash", wrap_lines=True)
+    with st.expander("Recipe as YAML"):
+        text = recipe.to_yaml()
+        st.download_button("Download", text, f"{recipe.name}.yaml", "application/yaml", on_click="ignore")
+        st.code(text, language="yaml")
 
 
 st.title("Launch")
 if forms.key("name") not in st.session_state:
     forms.fill(recipes.build(recipes.preset("smoke")))
+all_cards = lab.cards()
 presets()
-chosen = current()
-if chosen is not None and prediction(chosen):
+launch_views.origins(all_cards)
+chosen = current(all_cards)
+if chosen is not None:
+    launch_views.data_images(chosen)
+if chosen is not None and prediction(chosen, all_cards):
     if st.button("Start", type="primary", icon="▶️", shortcut="Ctrl+Enter"):
         with parts.said():
             lab.start(chosen)
-    st.subheader("The same on the command line")
-    st.code(forms.command_line(chosen, lab.runs_dir()), language="bash", wrap_lines=True)
-    with st.expander("Recipe as YAML"):
-        st.code(chosen.to_yaml(), language="yaml")
+    elsewhere(chosen)
 with parts.said():
+    launch_views.queue()
     lab.jobs()

@@ -1,10 +1,10 @@
-"""Models: what a run has made, layer by layer; exports, downloads and whether a file keeps what it claims."""
+"""Models: what a run has made and what was imported, layer by layer; exports, downloads, checks of files."""
 
 from pathlib import Path
 
 import streamlit as st
 
-from app import exports, lab, parts
+from app import exports, lab, model_views, parts
 from prunedm.records import VARIANT_LABELS
 from prunedm.store import Run
 
@@ -45,6 +45,7 @@ def row(layer: dict) -> dict:
         "pattern": layer["claimed"] or "dense",
         "compliance": "n/a" if layer["compliance"] is None else f"{layer['compliance']:.1%}",
         "density": f"{layer['density']:.1%}",
+        "fits N:M": f"{layer['pattern']}" if layer["eligible"] else "no",
         "tensor cores": "ready" if layer["tensor_core_ready"] else "no",
         "why not": layer["reason"],
     }
@@ -114,5 +115,6 @@ else:
     )
     layers(card.run.variant(variant))
     export(card.run, variant)
+model_views.imported(layers)
 with parts.said():
     lab.jobs()

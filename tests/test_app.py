@@ -16,7 +16,7 @@ from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("home", "launch", "monitor", "runs", "compare", "models", "system")
+PAGES = ("home", "launch", "sweep", "monitor", "runs", "compare", "models", "system")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ ORDER = [  # a module may import those above it only
     "onnx_graph", "semi_structured", "verify", "subject", "sizes", "extractors", "metrics", "faithfulness", "samples",
     "quality", "environment", "evaluate",
     "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_page",
-    "model_card", "inputs", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
+    "model_card", "inputs", "forecast", "imports", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
     "onnx_int8", "onnx_export", "export", "judging",
     "sweep_ranges", "sweep_spec", "sweep_trials", "sweep_sampler", "sweep", "sweep_watch", "sweep_worker",
     "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "control_commands",

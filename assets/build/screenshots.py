@@ -23,7 +23,7 @@ from PIL import Image  # noqa: E402
 from prunedm import store  # noqa: E402
 
 OUT = ROOT / ".build" / "screenshots"
-PAGES = ("", "launch", "monitor", "runs", "compare", "models", "system")
+PAGES = ("", "launch", "sweep", "monitor", "runs", "compare", "models", "system")
 
 
 def photograph(page, path: Path, tallest: int = 2600) -> None:
