@@ -220,13 +220,19 @@ def latency(keys: list[str], found: dict[str, Judged]) -> None:
     for (device, dtype, batch), own in groups.items():
         names = short_names(own)
         values = {names[key]: found[key].get("latency_ms") for key in own}
-        spread = [(found[key].get("latency_ms_p10"), found[key].get("latency_ms_p90")) for key in own]
+        spread = [_spread(found[key]) for key in own]
         title, where = "Latency of a UNet call, ms (measured)", f"{device}, {dtype}, batch {batch}"
         drawn = charts.bars(values, [found[key].variant for key in own], f"{title}<br><sup>{where}</sup>", spread)
         said = ", ".join(f"{label} {value:.3g}" for label, value in values.items())
         st.plotly_chart(drawn, key=f"latency {where}", alt=f"{title} ({where}): {said}")
     if len({found[key].get("speed_session") for key in keys}) > 1:
         st.caption("Timed at different times: the machine may have drifted. Judge them alike to time them in turn.")
+
+
+def _spread(one: Judged) -> tuple[float, float]:
+    """The 10th and 90th percentile; the median itself where earlier runs recorded no more."""
+    median = one.get("latency_ms")
+    return tuple(median if one.get(k) is None else one.get(k) for k in ("latency_ms_p10", "latency_ms_p90"))
 
 
 def judged_alike(keys: list[str], mode: str) -> tuple[dict[str, Judged] | None, Task | None]:
