@@ -14,7 +14,7 @@ from PIL import Image
 
 from app import lab, parts
 from app.judgements import Task, judgements
-from prunedm import bundled, charts, comparison, figures, pictures
+from prunedm import bundled, comparison, figures, model_charts, pictures
 from prunedm.comparison import Judged
 from prunedm.records import VARIANT_LABELS, VARIANTS
 from prunedm.store import Run
@@ -193,8 +193,8 @@ def _pareto_plot(plot: comparison.Plot, keys: list[str], found: dict[str, Judged
     quality = figures.names_of(plot.judged[0])["fid"] if plot.quality.key == "fid" else plot.quality.label
     labels, names = (plot.cost.label, quality), short_names(keys)
     places = [runs.index(one.run.id) if one.run is not None else 0 for one in plot.judged]
-    models = [charts.Model(names[key], found[key].variant, place) for key, place in zip(keys, places)]
-    drawn = charts.pareto(models, points, plot.on_front, labels, str(labels))
+    models = [model_charts.Model(names[key], found[key].variant, place) for key, place in zip(keys, places)]
+    drawn = model_charts.pareto(models, points, plot.on_front, labels, str(labels))
     best = ", ".join(names[key] for key, is_on in zip(keys, plot.on_front) if is_on)
     alt = f"{quality} against {plot.cost.label}: {len(points)} models; on the front: {best}"
     key = f"pareto {labels} {plot.conditions}"
@@ -222,7 +222,7 @@ def latency(keys: list[str], found: dict[str, Judged]) -> None:
         values = {names[key]: found[key].get("latency_ms") for key in own}
         spread = [_spread(found[key]) for key in own]
         title, where = "Latency of a UNet call, ms (measured)", f"{device}, {dtype}, batch {batch}"
-        drawn = charts.bars(values, [found[key].variant for key in own], f"{title}<br><sup>{where}</sup>", spread)
+        drawn = model_charts.bars(values, [found[key].variant for key in own], f"{title}<br><sup>{where}</sup>", spread)
         said = ", ".join(f"{label} {value:.3g}" for label, value in values.items())
         st.plotly_chart(drawn, key=f"latency {where}", alt=f"{title} ({where}): {said}")
     if len({found[key].get("speed_session") for key in keys}) > 1:

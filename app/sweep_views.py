@@ -13,7 +13,7 @@ from app import lab, parts, sweeps
 from app.live_plot import live_plot
 from app.sweeps import Seen
 from prunedm import charts
-from prunedm.charts import GREY, GRID, Figure
+from prunedm.charts import GREY, Figure
 from prunedm.store import Run
 from prunedm.sweep_ranges import Range
 from prunedm.sweep_spec import Sweep, SweepError
@@ -53,19 +53,11 @@ def label(seen: Seen, objective: str) -> str:
 
 
 def layout(x: str, y: str, view: str, height: int = 360) -> dict[str, Any]:
-    """Axes without a frame; zoom is kept while ``view`` stays the same."""
-    axis = {"gridcolor": GRID, "zeroline": False, "automargin": True, "nticks": 6}
-    return {
-        "height": height,
-        "margin": {"l": 60, "r": 15, "t": 40, "b": 45},
-        "legend": {"orientation": "h", "y": 1.15},
-        "uirevision": view,
-        "font": {"color": GREY},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "xaxis": axis | {"title": {"text": x}},
-        "yaxis": axis | {"title": {"text": y}},
-    }
+    """The axes of all charts, with few ticks."""
+    found = charts.layout(x, y, view) | {"height": height}
+    for axis in ("xaxis", "yaxis"):
+        found[axis] = found[axis] | {"nticks": 6}
+    return found
 
 
 def told(row: dict[str, Any]) -> str:

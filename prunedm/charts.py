@@ -4,7 +4,6 @@ nothing, where ``go.Figure`` takes some 15 ms each. Colours are safe for colour-
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,10 +36,6 @@ LABELS = {
     "mask_grad_norm": "gradient norm of the masks",
     "grad_norm": "gradient norm of the weights",
 }
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star")
-SHAPES = ("", "/", "x", ".", "+")
-HATCHING = {"fillmode": "overlay", "fgcolor": "#1a1f2b", "fgopacity": 0.6, "solidity": 0.2}
 BIN_COLORS = [f"hsl({260 - 22 * b},60%,50%)" for b in range(10)]  # noisy is warm, clean is cool
 
 
@@ -56,10 +51,10 @@ def curve(records: list[dict[str, Any]], key: str, labels: dict[str, str], view:
         offset += rows[-1]["step"]
         if points:
             traces += _traces(points, labels.get(stage, stage), COLORS.get(stage, "#666666"), key in NOISY)
-    layout = _layout("training step, all stages", LABELS.get(key, key), f"{view}/{key}/{log}")
+    drawn = layout("training step, all stages", LABELS.get(key, key), f"{view}/{key}/{log}")
     if log:
-        layout["yaxis"]["type"] = "log"
-    return {"data": traces, "layout": layout}
+        drawn["yaxis"]["type"] = "log"
+    return {"data": traces, "layout": drawn}
 
 
 def _traces(points: list[tuple[int, float]], name: str, color: str, noisy: bool) -> list[dict[str, Any]]:
@@ -90,9 +85,9 @@ def mask_heatmap(values: np.ndarray, title: str, share: str, view: str) -> Figur
         "colorscale": "Cividis",
         "colorbar": bar,
     }
-    layout = _layout("input channel", "output channel", view) | {"height": 420, "title": {"text": title}}
-    layout["yaxis"]["autorange"] = "reversed"
-    return {"data": [trace], "layout": layout}
+    drawn = layout("input channel", "output channel", view) | {"height": 420, "title": {"text": title}}
+    drawn["yaxis"]["autorange"] = "reversed"
+    return {"data": [trace], "layout": drawn}
 
 
 def evolution_heatmap(
@@ -112,10 +107,10 @@ def evolution_heatmap(
         if share
         else "%{y}<br>step %{x}<br>%{z:.3f}<extra></extra>",
     }
-    layout = _layout("mask step", "", view) | {"height": max(320, 15 * len(layers) + 90), "title": {"text": label}}
-    layout["xaxis"]["type"] = "category"
-    layout["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
-    return {"data": [trace], "layout": layout}
+    drawn = layout("mask step", "", view) | {"height": max(320, 15 * len(layers) + 90), "title": {"text": label}}
+    drawn["xaxis"]["type"] = "category"
+    drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
+    return {"data": [trace], "layout": drawn}
 
 
 def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
@@ -142,9 +137,9 @@ def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
         "showscale": False,
         "hovertemplate": "%{y}<br>%{x}: %{text}<extra></extra>",
     }
-    layout = _layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}
-    layout["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
-    return {"data": [trace], "layout": layout}
+    drawn = layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}
+    drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
+    return {"data": [trace], "layout": drawn}
 
 
 def sensitivity_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
@@ -173,10 +168,10 @@ def sensitivity_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
         "marker": {"color": "#D55E00", "size": 8, "line": {"color": "#ffffff", "width": 1.5}},
         "hovertemplate": "%{y}: %{x} chosen<extra></extra>",
     }
-    layout = _layout("", "", view) | {"height": max(320, 18 * len(names) + 90), "showlegend": False}
-    layout["xaxis"]["type"] = "category"
-    layout["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
-    return {"data": [heat, dots], "layout": layout}
+    drawn = layout("", "", view) | {"height": max(320, 18 * len(names) + 90), "showlegend": False}
+    drawn["xaxis"]["type"] = "category"
+    drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
+    return {"data": [heat, dots], "layout": drawn}
 
 
 def bin_names(count: int, timesteps: int) -> list[str]:
@@ -193,10 +188,10 @@ def loss_by_bin(found: dict[str, Any], view: str) -> Figure:
         {"type": "bar", "name": name, "x": names, "y": values, "marker": {"color": color}}
         for name, values, color in series
     ]
-    layout = _layout("timesteps (0 is clean)", "noise-prediction error", view)
-    layout["xaxis"]["type"] = "category"
-    layout["yaxis"]["type"] = "log"
-    return {"data": traces, "layout": layout}
+    drawn = layout("timesteps (0 is clean)", "noise-prediction error", view)
+    drawn["xaxis"]["type"] = "category"
+    drawn["yaxis"]["type"] = "log"
+    return {"data": traces, "layout": drawn}
 
 
 def tracker_by_bin(records: list[dict[str, Any]], timesteps: int, view: str) -> Figure:
@@ -215,49 +210,7 @@ def tracker_by_bin(records: list[dict[str, Any]], timesteps: int, view: str) -> 
         }
         for b, name in enumerate(bin_names(bins, timesteps))
     ]
-    return {"data": traces, "layout": _layout("mask step", "tracker by timestep bin", f"{view}/tracker")}
-
-
-def bars(
-    values: dict[str, float], variants: list[str], title: str, spread: list[tuple[float, float]] | None = None
-) -> Figure:
-    """One bar a variant; ``spread`` gives the 10th and 90th percentile of each."""
-    heights = list(values.values())
-    trace = {
-        "type": "bar",
-        "x": list(values),
-        "y": heights,
-        "marker": {"color": [VARIANT_COLORS.get(v, "#666666") for v in variants]},
-        "text": [f"{value:.3g}" for value in heights],
-        "textposition": "inside",
-        "insidetextanchor": "start",
-        "textangle": 0,
-        "textfont": {"color": "#111111"},
-    }
-    if spread:
-        above = [high - h for h, (_, high) in zip(heights, spread)]
-        below = [h - low for h, (low, _) in zip(heights, spread)]
-        trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": GREY}
-    return {
-        "data": [trace],
-        "layout": _layout("", "", title) | {"title": {"text": title}, "height": 340, "showlegend": False},
-    }
-
-
-@dataclass
-class Model:
-    """How a model is told from others in a chart: colour by its variant; line, symbol and hatching by its run."""
-
-    name: str
-    variant: str | None = None
-    run: int = 0
-
-    @property
-    def color(self) -> str:
-        return VARIANT_COLORS.get(self.variant or "", "#CC79A7")
-
-    def of(self, choices: tuple[str, ...]) -> str:
-        return choices[self.run % len(choices)]
+    return {"data": traces, "layout": layout("mask step", "tracker by timestep bin", f"{view}/tracker")}
 
 
 def plain(value: Any) -> Any:
@@ -267,93 +220,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {plain(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def model_bins(models: list[Model], bins: list[list[float | None]], timesteps: int, view: str) -> Figure:
-    """Noise-prediction error of each timestep bin, a line a model."""
-    traces = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": plain(model.name),
-            "x": bin_names(len(values), timesteps),
-            "y": values,
-            "line": {"color": model.color, "width": 2, "dash": model.of(DASHES)},
-            "marker": {"symbol": model.of(SYMBOLS), "size": 7},
-        }
-        for model, values in zip(models, bins)
-    ]
-    layout = _layout("timesteps (0 is clean)", "noise-prediction error", view)
-    layout["xaxis"]["type"] = "category"
-    layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
-    return {"data": traces, "layout": layout}
-
-
-def grouped_bars(
-    models: list[Model],
-    columns: list[str] | list[tuple[str, str]],
-    values: list[list[float | None]],
-    label: str,
-    view: str,
-    spread: list[list[tuple[float, float] | None]] | None = None,
-) -> Figure:
-    """A bar for each column and model; ``spread`` gives each bar's 10th and 90th percentile.
-
-    Columns that are pairs stand in groups named by the first of the two.
-    """
-    traces, grouped = [], isinstance(columns[0], tuple)
-    for i, (model, heights) in enumerate(zip(models, values)):
-        trace = {
-            "type": "bar",
-            "name": plain(model.name),
-            "x": plain(list(zip(*columns)) if grouped else columns),
-            "y": heights,
-            "marker": {"color": model.color, "pattern": HATCHING | {"shape": model.of(SHAPES)}},
-        }
-        if spread:
-            known = [(*(found or (h, h)), h) if h is not None else (0, 0, 0) for found, h in zip(spread[i], heights)]
-            above, below = [high - h for _, high, h in known], [h - low for low, _, h in known]
-            trace["error_y"] = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": GREY}
-        traces.append(trace)
-    gap = {1: 0.6, 2: 0.4}.get(len(columns), 0.2)
-    layout = _layout("", label, view) | {"barmode": "group", "bargap": gap, "showlegend": True}
-    layout["xaxis"] |= {"type": "multicategory" if grouped else "category", "dividercolor": GREY}
-    layout["yaxis"]["rangemode"] = "tozero"
-    return {"data": traces, "layout": layout}
-
-
-def pareto(
-    models: list[Model], points: list[tuple[float, float]], on_front: list[bool], labels: tuple[str, str], view: str
-) -> Figure:
-    """Cost across, quality up (both better when small); full markers are on the front, which a line joins."""
-    xs, ys = zip(*sorted(point for point, is_on in zip(points, on_front) if is_on))
-    line = {"type": "scatter", "mode": "lines", "x": list(xs), "y": list(ys)}
-    traces = [line | {"line": {"color": GREY, "width": 1.5, "dash": "dot"}, "hoverinfo": "skip", "showlegend": False}]
-    for i, (model, (x, y)) in enumerate(zip(models, points)):
-        symbol = model.of(SYMBOLS) + ("" if on_front[i] else "-open")
-        trace = {"type": "scatter", "mode": "markers+text", "x": [x], "y": [y], "text": [plain(model.name)]}
-        trace["marker"] = {"color": model.color, "size": 12, "symbol": symbol, "line": {"width": 2}}
-        told = "%{text}<br>%{x:,.6~g}<br>%{y:,.6~g}<br>" + ("on the front" if on_front[i] else "beaten by another")
-        trace |= {"textposition": _place(points, i), "cliponaxis": False, "hovertemplate": told + "<extra></extra>"}
-        traces.append(trace)
-    layout = _layout(*labels, view) | {"showlegend": False, "height": 340}
-    for name, values in zip(("xaxis", "yaxis"), zip(*points)):
-        room = (max(values) - min(values)) * 0.15 or abs(values[0]) * 0.1 or 1
-        layout[name] |= {"range": [min(values) - room, max(values) + room], "nticks": 6}
-    return {"data": traces, "layout": layout}
-
-
-def _place(points: list[tuple[float, float]], i: int) -> str:
-    """Where a point's name stands: towards the middle, and beneath where another point is close above."""
-    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
-    x, y = points[i]
-
-    def above(j: int) -> bool:
-        near = abs(points[j][0] - x) <= 0.3 * (right - left) and points[j][1] - y <= 0.12 * (high - low)
-        return near and (points[j][1], -j) > (y, -i)
-
-    side = "right" if x <= (left + right) / 2 else "left"
-    return f"{'bottom' if any(above(j) for j in range(len(points)) if j != i) else 'top'} {side}"
 
 
 def kept_sets_heatmap(layers: list[dict[str, Any]], n: int, m: int, view: str) -> Figure:
@@ -373,10 +239,10 @@ def kept_sets_heatmap(layers: list[dict[str, Any]], n: int, m: int, view: str) -
     }
     if len(columns) <= 8:
         trace |= {"text": [[f"{share:.0%}" for share in row] for row in shares], "texttemplate": "%{text}"}
-    layout = _layout(f"kept positions of {m}", "", view) | {"height": max(320, 18 * len(layers) + 90)}
-    layout["xaxis"]["type"] = "category"
-    layout["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
-    return {"data": [trace], "layout": layout}
+    drawn = layout(f"kept positions of {m}", "", view) | {"height": max(320, 18 * len(layers) + 90)}
+    drawn["xaxis"]["type"] = "category"
+    drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
+    return {"data": [trace], "layout": drawn}
 
 
 def short(layer: str) -> str:
@@ -386,7 +252,8 @@ def short(layer: str) -> str:
     return layer
 
 
-def _layout(x: str, y: str, view: str) -> dict[str, Any]:
+def layout(x: str, y: str, view: str) -> dict[str, Any]:
+    """Axes without a frame on any background; zoom is kept while ``view`` stays the same."""
     axis = {"gridcolor": GRID, "zeroline": False, "automargin": True}
     return {
         "height": 320,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from . import charts, comparison, figures
+from . import charts, comparison, figures, model_charts
 from .comparison import Judged
 from .figures import RATIOS, SIZES
 from .report_html import Html, chart, join, missing, paragraph, table, tag
@@ -107,7 +107,7 @@ def _speed_chart(page: Page, own: list[Judged]) -> list[Html]:
     values = [[rows[id(one)].get(key, {}).get("per_image") for key in keys] for one in own]
     spread = [[_per_image(rows[id(one)].get(key)) for key in keys] for one in own]
     models = [page.model(one) for one in own]
-    drawn = charts.grouped_bars(models, columns, values, "ms an image (measured)", "speed", spread)
+    drawn = model_charts.grouped_bars(models, columns, values, "ms an image (measured)", "speed", spread)
     lines = [[", ".join(column), *(form(line[i], "{:.3f}") for line in values)] for i, column in enumerate(columns)]
     data = table(["batch, way", *(model.name for model in models)], lines, "Milliseconds an image")
     places = {(c.get("device"), c.get("dtype")) for r in rows.values() for c in (row["call"] for row in r.values())}
@@ -138,7 +138,7 @@ def sizes(page: Page) -> Html:
     data = page.compared(rows, own, "Bytes in each way of storing")
     columns = [words.removeprefix("Bytes, ") for words in SIZES.values()]
     values = [[one.get(f"sizes.{name}") for name in SIZES] for one in own]
-    drawn = charts.grouped_bars([page.model(one) for one in own], columns, values, "bytes", "sizes")
+    drawn = model_charts.grouped_bars([page.model(one) for one in own], columns, values, "bytes", "sizes")
     alt = f"Bytes of {len(own)} models stored as {', '.join(columns)}"
     text = "Files that were written and counted, the zeros of N:M layers left out where packed."
     return join(paragraph(text, "note"), data, chart(drawn, "Bytes in each way of storing", alt, data))
@@ -177,7 +177,7 @@ def _plots(page: Page) -> Iterator[Html]:
         labels = (plot.cost.label, quality)
         title = f"{quality[0].upper()}{quality[1:]} against {plot.cost.label}"
         models = [page.model(one) for one in plot.judged]
-        drawn = charts.pareto(models, points, plot.on_front, charts.plain(labels), title)
+        drawn = model_charts.pareto(models, points, plot.on_front, charts.plain(labels), title)
         marks = ["yes" if is_on else "no" for is_on in plot.on_front]
         rows = [[model.name, f"{x:,.6g}", f"{y:,.5g}", mark] for model, (x, y), mark in zip(models, points, marks)]
         data = table(["model", plot.cost.label, quality, "on the front"], rows, title)

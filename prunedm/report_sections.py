@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import charts, comparison, figures, pictures, report
+from . import charts, comparison, figures, model_charts, pictures, report
 from .comparison import Judged
 from .records import VARIANT_LABELS
 from .report_html import Html, bullets, chart, figure_cell, join, missing, paragraph, picture, table, tag
@@ -46,10 +46,10 @@ class Page:
         alike = sum(STAMP.sub("", run.id) == short for run in self.runs)
         return f"{short if alike == 1 else one.run.id} {variant}"
 
-    def model(self, one: Judged) -> charts.Model:
+    def model(self, one: Judged) -> model_charts.Model:
         """How charts tell the model from others."""
         places = {run.folder: i for i, run in enumerate(self.runs)}
-        return charts.Model(self.name(one), one.variant, places[one.run.folder] if one.run else len(places))
+        return model_charts.Model(self.name(one), one.variant, places[one.run.folder] if one.run else len(places))
 
     def compared(
         self, rows: Sequence[tuple[str, Sequence[str]]], judged: Sequence[Judged], name: str, head: str = ""
@@ -221,7 +221,7 @@ def loss_bins(page: Page) -> Html:
     parts = []
     for (count, steps), own in found.items():
         bins = [one.get("loss_bins") for one in own]
-        drawn = charts.model_bins([page.model(one) for one in own], bins, steps, "loss bins")
+        drawn = model_charts.model_bins([page.model(one) for one in own], bins, steps, "loss bins")
         names = charts.bin_names(count, steps)
         rows = [[name, *(form(values[i], "{:.5f}") for values in bins)] for i, name in enumerate(names)]
         data = table(["timesteps", *map(page.name, own)], rows, "Validation loss by timestep")

@@ -13,7 +13,7 @@ import browser
 import pytest
 import torch
 
-from prunedm import charts, figures, pictures, recipe, report, report_html, report_page, store
+from prunedm import figures, model_charts, pictures, recipe, report, report_html, report_page, store
 from prunedm.comparison import Judged
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<b>"
@@ -525,8 +525,8 @@ def test_a_figures_cell_has_its_interval_and_difference_beneath():
 
 
 def test_close_points_have_their_names_apart():
-    models = [charts.Model("a"), charts.Model("b"), charts.Model("c")]
-    figure = charts.pareto(models, [(1, 1.0), (1.1, 1.05), (9, 0.1)], [True, False, True], ("x", "y"), "v")
+    models = [model_charts.Model("a"), model_charts.Model("b"), model_charts.Model("c")]
+    figure = model_charts.pareto(models, [(1, 1.0), (1.1, 1.05), (9, 0.1)], [True, False, True], ("x", "y"), "v")
     assert [t["textposition"] for t in figure["data"][1:]] == ["bottom right", "top right", "top left"]
     assert (figure["data"][0]["x"], figure["data"][0]["y"]) == ([1, 9], [1.0, 0.1]), "the line joins the front alone"
 
