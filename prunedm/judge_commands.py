@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -48,8 +51,7 @@ Ways = Annotated[
 Measure = Annotated[bool, typer.Option("--measure", help="time all models anew, in turn")]
 
 
-def evaluate(
-    source: Annotated[str, typer.Argument(help="a run, RUN/variant, a model folder, a packed file or a hub id")],
+def request(
     quick: Quick = False,
     full: Full = False,
     extractor: By = None,
@@ -63,15 +65,53 @@ def evaluate(
     device: Device = "auto",
     ways: Ways = "",
     measure: Measure = False,
+) -> Request:
+    """What to judge by, from the options that all three commands have."""
+    from .judging import JudgeError, Request
+
+    if quick and full:
+        raise JudgeError("--quick and --full exclude one another; leave one out")
+    mode = "quick" if quick else "full" if full else "standard"
+    given = {"images": images, "sampler": sampler, "steps": steps, "eta": eta, "seed": seed}
+    given["extractor"] = extractor.value if extractor else None
+    changes = {name: value for name, value in given.items() if value is not None}
+    chosen = tuple(way.strip() for way in ways.split(",") if way.strip())
+    return Request(mode, changes, real, dense, device, chosen, measure)
+
+
+def judging(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that takes the options of :func:`request` beside its own, and gets the request as ``by``."""
+    theirs = _options(request)
+    shown = [option for option in _options(command) if option.name != "by"] + theirs
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        by = request(**{option.name: given.pop(option.name) for option in theirs})
+        command(**given, by=by)
+
+    wrapped.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]  (what typer reads)
+    wrapped.__annotations__ = {option.name: option.annotation for option in shown}
+    del wrapped.__wrapped__  # or typer would read the command's own
+    return wrapped
+
+
+def _options(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """A function's parameters with what typer is told of each. Request is known to type checkers only."""
+    hints = get_type_hints(function, localns={"Request": Any}, include_extras=True)
+    return [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
+
+
+@judging
+def evaluate(
+    source: Annotated[str, typer.Argument(help="a run, RUN/variant, a model folder, a packed file or a hub id")],
+    by: Request,
     out: Annotated[Path | None, typer.Option(help="also write a .html, .csv or .md file")] = None,
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
     """Judge a model: quality, faithfulness to its dense model, speed, sparsity and size."""
-    changes = _changes(extractor, images, sampler, steps, eta, seed)
-    request = _request(quick, full, changes, real, dense, device, ways, measure)
     kind = None if out is None else _kind_of(out)  # before anything is judged
-    judged = _judge([source], request, runs_dir)
+    judged = _judge([source], by, runs_dir)
     if out is not None:
         _write(judged, kind, out)
     if as_json:
@@ -80,29 +120,16 @@ def evaluate(
         _print_figures(judged)
 
 
+@judging
 def compare(
     sources: Annotated[list[str], typer.Argument(help="runs, RUN/variant, model folders, packed files or hub ids")],
+    by: Request,
     out: Annotated[Path | None, typer.Option(help="folder for comparison.html, .csv, .md and .json")] = None,
-    quick: Quick = False,
-    full: Full = False,
-    extractor: By = None,
-    images: Images = None,
-    sampler: Sampler = None,
-    steps: Steps = None,
-    eta: Eta = None,
-    seed: Seed = None,
-    real: RealImages = None,
-    dense: Dense = None,
-    device: Device = "auto",
-    ways: Ways = "",
-    measure: Measure = False,
     runs_dir: RunsDir = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
     """Any models side by side; those that are not finished runs of one setting are judged alike first."""
-    changes = _changes(extractor, images, sampler, steps, eta, seed)
-    request = _request(quick, full, changes, real, dense, device, ways, measure)
-    judged = _gathered(sources, request, runs_dir)
+    judged = _gathered(sources, by, runs_dir)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         for kind in Kind:
@@ -114,27 +141,25 @@ def compare(
         _print_comparison(judged)
 
 
+@judging
 def report(
     runs: Annotated[list[str], typer.Argument(help="runs, or models as for compare")],
+    by: Request,
     kind: Annotated[Kind | None, typer.Option("--format", help="default: by --out, else html")] = None,
     out: Annotated[
         Path | None, typer.Option(help="file to write; default: a run's own report.html, else the screen")
     ] = None,
-    quick: Quick = False,
-    full: Full = False,
-    extractor: By = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
     """Write a report of one run or several: one HTML file that needs no network, a CSV table or Markdown."""
     from . import store
 
-    request = _request(quick, full, _changes(extractor), None, None, "auto", "", False)
     chosen = kind or (_kind_of(out) if out is not None else Kind.html)
     if out is None and chosen is Kind.html:
         if len(runs) > 1:
             raise store.StoreError("--out is needed for a page of several runs; give a file such as report.html")
         out = store.find(runs_dir, runs[0].partition("/")[0]).report_path
-    judged = _gathered(runs, request, runs_dir)
+    judged = _gathered(runs, by, runs_dir)
     if out is None:
         sys.stdout.write(_text(judged, chosen))
         return
@@ -143,55 +168,24 @@ def report(
 
 
 # --- what the commands share ---------------------------------------------------------------------
-def _changes(
-    extractor: Extractor | None = None,
-    images: int | None = None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    eta: float | None = None,
-    seed: int | None = None,
-) -> dict[str, Any]:
-    given = {"images": images, "sampler": sampler, "steps": steps, "eta": eta, "seed": seed}
-    given["extractor"] = extractor.value if extractor else None
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _request(
-    quick: bool,
-    full: bool,
-    changes: dict[str, Any],
-    real: str | None,
-    dense: str | None,
-    device: str,
-    ways: str,
-    measure: bool,
-) -> Request:
-    from .judging import JudgeError, Request
-
-    if quick and full:
-        raise JudgeError("--quick and --full exclude one another; leave one out")
-    mode = "quick" if quick else "full" if full else "standard"
-    chosen = tuple(way.strip() for way in ways.split(",") if way.strip())
-    return Request(mode, changes, real, dense, device, chosen, measure)
-
-
-def _gathered(sources: list[str], request: Request, runs_dir: Path) -> list[Judged]:
+def _gathered(sources: list[str], by: Request, runs_dir: Path) -> list[Judged]:
     """What the runs recorded themselves where nothing else is asked for, else everything judged alike."""
     from . import comparison
     from .judging import Request
 
-    found = comparison.recorded(sources, runs_dir) if request == Request() else None
-    return _judge(sources, request, runs_dir) if found is None else found
+    found = comparison.recorded(sources, runs_dir) if by == Request() else None
+    return _judge(sources, by, runs_dir) if found is None else found
 
 
-def _judge(sources: list[str], request: Request, runs_dir: Path) -> list[Judged]:
+def _judge(sources: list[str], by: Request, runs_dir: Path) -> list[Judged]:
     """Judge with a bar for each model on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from . import comparison, judging
+    from . import comparison
+    from . import judging as engine
 
-    found = judging.entries(sources, runs_dir, request.dense)
+    found = engine.entries(sources, runs_dir, by.dense)
     columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars, tasks = Progress(*columns, console=Console(stderr=True)), {}
 
@@ -202,7 +196,7 @@ def _judge(sources: list[str], request: Request, runs_dir: Path) -> list[Judged]
         bars.update(tasks[text], completed=done, total=of)
 
     try:
-        return comparison.without_repeats(judging.judge(found, request, tell))
+        return comparison.without_repeats(engine.judge(found, by, tell))
     finally:
         if tasks:
             bars.stop()
