@@ -15,6 +15,10 @@ from prunedm import recipe as recipes
 from prunedm import unet as unets
 from prunedm.recipe import Recipe
 
+os.environ["STREAMLIT_RUNNER_MAGIC_ENABLED"] = (
+    "false"  # as app/.streamlit/config.toml says, which AppTest does not read
+)
+
 settings.register_profile("shared machines", deadline=None)  # a slow machine is no failure
 settings.load_profile("shared machines")
 
@@ -36,6 +40,18 @@ def make_unet(**changes):
 def cache_folder(tmp_path_factory) -> None:
     """Reference statistics of the tests' images go into a folder of their own."""
     os.environ["PRUNEDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """An empty runs folder of a lab of its own, without the background import (all is imported here)."""
+    from app import lab
+    from prunedm.jobs import Jobs
+
+    monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
+    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
+    yield tmp_path
+    lab._jobs.clear()
 
 
 @pytest.fixture

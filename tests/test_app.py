@@ -12,7 +12,6 @@ from streamlit.testing.v1 import AppTest
 from app import lab, mask_views
 from prunedm import learn, pipeline, store
 from prunedm import recipe as recipes
-from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,15 +24,6 @@ def done_run(tmp_path_factory, micro):
     run = store.create(tmp_path_factory.mktemp("done"), micro(mask={"density": 0.4, "lr": 1e-9}))
     assert pipeline.execute(run) == "done"
     return run
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """An empty runs folder and a Jobs of its own, without the background import (all is imported here)."""
-    monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
-    yield tmp_path
-    lab._jobs.clear()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-from app import forms, lab, launch_views
+from app import forms, launch_views
 from prunedm import imports, pipeline, store
 from prunedm import recipe as recipes
 from prunedm.jobs import Jobs
@@ -24,14 +24,6 @@ def done_run(tmp_path_factory, micro):
     run = store.create(tmp_path_factory.mktemp("done"), micro(data={"limit": 30}))
     assert pipeline.execute(run) == "done"
     return run
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
-    yield tmp_path
-    lab._jobs.clear()
 
 
 def open_page(page="launch"):

@@ -230,16 +230,6 @@ def test_jobs_stop_and_resume_a_paused_run(tmp_path, micro, monkeypatch):
     until(run, "done")
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    from app import lab
-
-    monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
-    yield tmp_path
-    lab._jobs.clear()
-
-
 def in_state(runs, status):
     run = store.create(runs, Recipe(name=status))
     state = run.state()

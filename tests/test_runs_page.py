@@ -106,14 +106,6 @@ def varied(runs_dir):
     return first, child, again
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
-    yield tmp_path
-    lab._jobs.clear()
-
-
 def open_page():
     app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
     app.switch_page("../pages/runs.py").run()

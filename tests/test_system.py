@@ -13,7 +13,6 @@ from test_app import open_page, said
 
 from app import system_views
 from prunedm import pipeline, store, system
-from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
 
 GIB = 2**30
@@ -227,16 +226,6 @@ def test_figures_show_shares_gibibytes_and_gaps():
     assert has["name"] == "GPU 0" and has["y"] == [None, 12.0, None] and ceiling["y"] == [None, 140.0, None]
     assert json.dumps([run, has]), "plain enough for the browser"
     assert system_views.gpu_now(gpu) == "**GPU 0** 12.0 of 140.0 GiB, 54 °C"
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    from app import lab
-
-    monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
-    yield tmp_path
-    lab._jobs.clear()
 
 
 @pytest.mark.parametrize("status", ["running", "paused"])
