@@ -15,10 +15,6 @@ from prunedm import recipe as recipes
 from prunedm import unet as unets
 from prunedm.recipe import Recipe
 
-os.environ["STREAMLIT_RUNNER_MAGIC_ENABLED"] = (
-    "false"  # as app/.streamlit/config.toml says, which AppTest does not read
-)
-
 settings.register_profile("shared machines", deadline=None)  # a slow machine is no failure
 settings.load_profile("shared machines")
 
@@ -40,6 +36,14 @@ def make_unet(**changes):
 def cache_folder(tmp_path_factory) -> None:
     """Reference statistics of the tests' images go into a folder of their own."""
     os.environ["PRUNEDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_magic() -> None:
+    """As app/.streamlit/config.toml says, which AppTest does not read."""
+    from streamlit import config
+
+    config.set_option("runner.magicEnabled", False)
 
 
 @pytest.fixture
