@@ -207,22 +207,9 @@ def _told(error: Exception) -> str:
 @st.cache_data(show_spinner="Drawing the first trials…", max_entries=32)
 def first_trials(spec_yaml: str, _spec: Sweep) -> list[dict[str, Any]]:
     """What the first trials would be as long as no result is known: params, and why one is no recipe."""
-    import optuna
-
     from prunedm import sweep_sampler
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(directions=["minimize"] * len(_spec.objectives.figures))
-    study.sampler = sweep_sampler.Slots(_spec, study)
-    found = []
-    for _ in range(min(FIRST, _spec.total)):
-        values, cause = _spec.suggest(study.ask()), ""
-        try:
-            _spec.recipe_of(values)
-        except RecipeError as error:
-            cause = str(error)
-        found.append({"params": values, "cause": cause})
-    return found
+    return sweep_sampler.first_trials(_spec, FIRST)
 
 
 def spec_of_document(document: dict[str, Any]) -> Sweep:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .records import VARIANT_LABELS
-from .store import RUN_ID, Run, find
+from .store import Run, find, is_run
 
 SAMPLED = ("sampler", "steps", "eta", "seed", "extractor", "data")
 TIMED = ("device", "dtype", "batch")
@@ -50,17 +50,19 @@ def figure(figures: dict[str, Any], key: str) -> Any:
     return found
 
 
-def of_run(run: Run, results: dict[str, dict[str, Any]] | None = None) -> list[Judged]:
-    """The variants of a run, dense first. ``results``: other figures than those of its recipe's settings."""
+def of_run(
+    run: Run, results: dict[str, dict[str, Any]] | None = None, layers: list[dict[str, Any]] | None = None
+) -> list[Judged]:
+    """The variants of a run, dense first, from its own records or from those given in their place."""
     results = run.evaluation() if results is None else results
     dense = results.get("dense")
     found = []
     for name, figures in results.items():
         sheet = run.sheet(name)
-        layers = run.layers() if name == "nm" else []
+        known = (run.layers() if layers is None else layers) if name == "nm" else []
         own = None if name == "dense" else dense
         label = f"{run.id} {VARIANT_LABELS[name]}"
-        found.append(Judged(label, figures, name, run, layers, sheet if sheet.exists() else None, own))
+        found.append(Judged(label, figures, name, run, known, sheet if sheet.exists() else None, own))
     return found
 
 
@@ -70,7 +72,7 @@ def recorded(sources: Sequence[str], runs_dir: Path) -> list[Judged] | None:
     settings: set[str] = set()
     for source in sources:
         run_id, _, variant = source.partition("/")
-        if not RUN_ID.fullmatch(run_id) or not (runs_dir / run_id / "recipe.yaml").is_file():
+        if not is_run(runs_dir, run_id):
             return None
         run = find(runs_dir, run_id)
         own = [one for one in of_run(run) if variant in ("", one.variant)]

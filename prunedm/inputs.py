@@ -21,7 +21,7 @@ class InputError(ValueError):
 def resolve_source(source: str, runs_dir: Path) -> str:
     """``RUN`` or ``RUN/variant`` to the variant's folder; anything else is returned as it is."""
     run_id, _, variant = source.partition("/")
-    if not store.RUN_ID.fullmatch(run_id) or not (runs_dir / run_id / "recipe.yaml").is_file():
+    if not store.is_run(runs_dir, run_id):
         return source
     run = store.find(runs_dir, run_id)
     finished = run.variants()

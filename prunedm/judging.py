@@ -111,17 +111,31 @@ def entries(sources: list[str], runs_dir: Path, dense: str | None = None) -> lis
         found = subject.find(dense, None, runs_dir, READ_AS, strict=False)
         base = Entry(f"{dense} (dense)", found, _home(found), "dense")
     made: list[Entry] = []
+    loaded: dict[str, Entry] = {}
     for source in sources:
-        made += _of_source(source, runs_dir, base)
+        made += _of_source(source, runs_dir, base, loaded)
     if base is not None and any(entry.dense is base for entry in made):
         made.insert(0, base)
-    return made
+    return _told_apart(made)
 
 
-def _of_source(source: str, runs_dir: Path, base: Entry | None) -> list[Entry]:
+def _told_apart(made: list[Entry]) -> list[Entry]:
+    """Each model once, under a label of its own: folders of one name get a number."""
+    found: dict[str, Entry] = {}
+    for entry in made:
+        if any(entry is other for other in found.values()):
+            continue
+        label, number = entry.label, 2
+        while entry.label in found:
+            entry.label, number = f"{label} ({number})", number + 1
+        found[entry.label] = entry
+    return list(found.values())
+
+
+def _of_source(source: str, runs_dir: Path, base: Entry | None, loaded: dict[str, Entry]) -> list[Entry]:
+    """The models of one source. ``loaded``: what was loaded of runs already, by ``RUN/variant``."""
     run_id, _, tail = source.partition("/")
-    is_run = store.RUN_ID.fullmatch(run_id) and (runs_dir / run_id / "recipe.yaml").is_file()
-    if not is_run:
+    if not store.is_run(runs_dir, run_id):
         found = subject.find(source, None, runs_dir, READ_AS, strict=False)
         return [Entry(_name(source, found), found, _home(found), dense=base)]
     run = store.find(runs_dir, run_id)
@@ -129,14 +143,20 @@ def _of_source(source: str, runs_dir: Path, base: Entry | None) -> list[Entry]:
     if not finished or (tail and tail not in finished):
         known = ", ".join(finished) or "none yet"
         raise JudgeError(f"{source}: run {run_id} has the variants {known}; name one of them")
-    made: dict[str, Entry] = {}
-    for name in finished:
-        found = subject.find(run_id, name, runs_dir, READ_AS, strict=False)
+    return [_of_variant(run, name, loaded) for name in ([tail] if tail else finished)]
+
+
+def _of_variant(run: store.Run, name: str, loaded: dict[str, Entry]) -> Entry:
+    """A variant of a run with its dense model, each loaded once."""
+    key = f"{run.id}/{name}"
+    if key not in loaded:
+        dense = _of_variant(run, "dense", loaded) if name != "dense" else None
+        found = subject.find(run.id, name, run.folder.parent, READ_AS, strict=False)
         if name != "nm":
-            found.patterns = {}
-        label, home = f"{run_id} {VARIANT_LABELS[name]}", run.folder / "evaluations"
-        made[name] = Entry(label, found, home, name, run, made.get("dense"))
-    return [made[tail]] if tail else list(made.values())
+            found.patterns = {}  # what happens to look like N:M is none
+        label, home = f"{run.id} {VARIANT_LABELS[name]}", run.folder / "evaluations"
+        loaded[key] = Entry(label, found, home, name, run, dense)
+    return loaded[key]
 
 
 def _name(source: str, found: Subject) -> str:

@@ -19,7 +19,7 @@ def locate(source: str, runs_dir: Path) -> Path:
     """The masks file of a run's id, of a folder, or the file itself."""
     from . import maskfile, store
 
-    is_run = store.RUN_ID.fullmatch(source) and (runs_dir / source / "recipe.yaml").is_file()
+    is_run = store.is_run(runs_dir, source)
     return maskfile.locate(runs_dir / source if is_run else Path(source).expanduser())
 
 

@@ -53,15 +53,7 @@ def of_run(run: Run) -> list[Judged]:
     try:
         return comparison.of_run(run, results)
     except StoreError:
-        found = comparison.of_run(_WithoutLayers(run.folder), results)
-    for one in found:
-        one.run = run
-    return found
-
-
-class _WithoutLayers(Run):
-    def layers(self) -> list[dict]:
-        return []
+        return comparison.of_run(run, results, layers=[])
 
 
 def _made(make: Callable[[Page], Html | None], shared: Page) -> Html | None:

@@ -373,6 +373,11 @@ def check_writable(runs_dir: Path) -> None:
         raise StoreError(f"runs folder {runs_dir} is not writable; use --runs-dir")
 
 
+def is_run(runs_dir: Path, run_id: str) -> bool:
+    """Whether a run of this id is there; the id is checked before it joins a path."""
+    return bool(RUN_ID.fullmatch(run_id)) and (runs_dir / run_id / "recipe.yaml").is_file()
+
+
 def find(runs_dir: Path, run_id: str) -> Run:
     """A run by id. The id is checked before it joins a path."""
     if not RUN_ID.fullmatch(run_id):

@@ -49,7 +49,7 @@ def find(source: str, variant: str | None, runs_dir: Path, read_as: Pattern, str
     SubjectError where a variant is missing or, if ``strict``, a claimed pattern is not kept.
     """
     run_id, _, tail = source.partition("/")
-    if store.RUN_ID.fullmatch(run_id) and (runs_dir / run_id / "recipe.yaml").is_file():
+    if store.is_run(runs_dir, run_id):
         found = _of_run(store.find(runs_dir, run_id), variant or tail or None)
     elif variant is not None:
         raise SubjectError(f"--variant {variant} is for runs and no run {source!r} is in {runs_dir}; leave it out")

@@ -111,7 +111,9 @@ def _print_trials(study: Study, spec: Sweep) -> None:
 
 def _print_preview(spec: Sweep, as_json: bool) -> None:
     """The ranges, and the recipes of the first trials as long as no result is known."""
-    found = _suggestions(spec)
+    from .sweep_sampler import first_trials
+
+    found = first_trials(spec, SHOWN)
     if as_json:
         ranges = {key: wanted.short() for key, wanted in spec.ranges.items()}
         print(json.dumps({"sweep": spec.name, "trials": spec.total, "ranges": ranges, "suggestions": found}))
@@ -133,27 +135,6 @@ def _print_preview(spec: Sweep, as_json: bool) -> None:
         cells = [short(one["params"].get(key, "")) for key in spec.ranges]
         table.add_row(str(number), *cells, one["cause"] or "valid")
     console.print(table)
-
-
-def _suggestions(spec: Sweep) -> list[dict[str, Any]]:
-    """What the first trials would be, each with its recipe or why there is none."""
-    import optuna
-
-    from . import sweep_sampler
-    from .recipe import RecipeError
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(study_name=spec.name, directions=["minimize"] * len(spec.objectives.figures))
-    study.sampler = sweep_sampler.Slots(spec, study)
-    found = []
-    for number in range(min(SHOWN, spec.total)):
-        values = spec.suggest(study.ask())
-        try:
-            recipe, cause = spec.recipe_of(values, f"{spec.name}-{number:03d}").model_dump(), ""
-        except RecipeError as error:
-            recipe, cause = None, str(error)
-        found.append({"params": values, "recipe": recipe, "cause": cause})
-    return found
 
 
 def _of_recipe(spec: Sweep, key: str) -> Any:

@@ -12,6 +12,7 @@ import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 
+from .recipe import RecipeError
 from .sweep_spec import Sweep
 from .sweep_trials import slot
 
@@ -77,3 +78,19 @@ def pruner(spec: Sweep) -> BasePruner:
     if spec.pruner == "hyperband":
         return HyperbandPruner(min_resource=1, max_resource=POINTS, reduction_factor=3)
     return NopPruner()
+
+
+def first_trials(spec: Sweep, most: int) -> list[dict[str, Any]]:
+    """What the first trials would be as long as no result is known: values, the recipe, or why there is none."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(directions=["minimize"] * len(spec.objectives.figures))
+    study.sampler = Slots(spec, study)
+    found = []
+    for number in range(min(most, spec.total)):
+        values = spec.suggest(study.ask())
+        try:
+            recipe, cause = spec.recipe_of(values, f"{spec.name}-{number:03d}").model_dump(), ""
+        except RecipeError as error:
+            recipe, cause = None, str(error)
+        found.append({"params": values, "recipe": recipe, "cause": cause})
+    return found

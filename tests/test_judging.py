@@ -134,6 +134,19 @@ def test_a_folder_is_compared_with_its_dense_model(runs, ids, tmp_path, capsys, 
     assert len(list(csv.reader((tmp_path / "out" / "comparison.csv").open()))) == 3
 
 
+def test_folders_of_one_name_and_a_run_given_twice_are_told_apart(runs, ids, tmp_path, own_cache):
+    for place, factor in (("a", 1.0), ("b", 0.5)):
+        model = make_unet()
+        with torch.no_grad():
+            model.conv_out.weight.mul_(factor)
+        unets.save(model, DDPMScheduler(), tmp_path / place / "model", {"variant": "dense"})
+    sources = [str(tmp_path / "a" / "model"), str(tmp_path / "b" / "model"), ids[0], f"{ids[0]}/nm"]
+    found = judging.entries(sources, runs)
+    assert [e.label for e in found[:2]] == ["model", "model (2)"] and len(found) == 5
+    assert found[0].fingerprint != found[1].fingerprint
+    assert found[3].dense is found[2] and found[4].dense is found[2], "each model is loaded once"
+
+
 def test_a_packed_file_is_the_model_that_it_holds(runs, ids, tmp_path, capsys, own_cache, image_folder):
     path = tmp_path / "model.safetensors"
     assert call(capsys, "export", ids[0], "--format", "packed", "--out", path, "--runs-dir", runs)[0] == 0
