@@ -18,7 +18,9 @@ from prunedm.charts import Figure
 STATIC = Path(__file__).parent / "static" / "plotly.min.js"
 SOURCE = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
-JS = """
+# Shared by every component that draws with plotly. Zoom is kept by view (layout.uirevision) as long as the page is
+# open: plotly forgets it with the chart, and a chart goes when its tab, page or run is left.
+READY = """
 const ready = () => window.prunedmPlotly ??= new Promise((done, fail) => {
   if (window.Plotly) return done(window.Plotly);
   const tag = document.createElement("script");
@@ -27,17 +29,41 @@ const ready = () => window.prunedmPlotly ??= new Promise((done, fail) => {
   tag.onerror = fail;
   document.head.appendChild(tag);
 });
+const views = (window.prunedmViews ??= new Map());
+const recall = (layout) => {
+  for (const [axis, range] of Object.entries(views.get(layout.uirevision) ?? {}))
+    if (layout[axis]) Object.assign(layout[axis], { range, autorange: false });
+};
+const remember = (node, layout) => {
+  node.view = layout.uirevision;
+  if (node.remembers) return;
+  node.remembers = true;
+  node.on("plotly_relayout", () => {
+    const zoomed = {};
+    for (const [name, axis] of Object.entries(node._fullLayout))
+      if (/^[xy]axis\\d*$/.test(name) && node.layout[name]?.range && node.layout[name].autorange === false)
+        zoomed[name] = [...axis.range];
+    views.set(node.view, zoomed);
+  });
+};
+const draw = async (node, data, layout) => {
+  const Plotly = await ready();
+  recall(layout);
+  await Plotly.react(node, data, layout, { responsive: true, displaylogo: false });
+  remember(node, layout);
+  node.dataset.updates = 1 + Number(node.dataset.updates || 0);
+};
+"""
+JS = (
+    READY
+    + """
 export default async function ({ data, parentElement }) {
   const node = parentElement.querySelector(".live-plot");
   const figure = JSON.parse(data.figure);
   node.setAttribute("role", "img");
   node.setAttribute("aria-label", data.alt);
   node.style.minHeight = (figure.layout.height || 320) + "px";
-  const Plotly = await ready();
-  node.draw = async () => {
-    await Plotly.react(node, figure.data, figure.layout, { responsive: true, displaylogo: false });
-    node.dataset.updates = 1 + Number(node.dataset.updates || 0);
-  };
+  node.draw = () => draw(node, figure.data, figure.layout);
   if (node.clientWidth) return node.draw();
   // In a tab that is not shown a chart has no size: draw it when it gets one.
   node.watcher ??= new ResizeObserver(() => {
@@ -49,6 +75,7 @@ export default async function ({ data, parentElement }) {
   node.watcher.observe(node);
 }
 """
+)
 
 
 def install() -> None:

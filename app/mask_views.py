@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from app import lab, parts
+from app import curve_views, lab, parts
 from app.live_plot import live_plot
+from app.mask_player import Frames, player
 from prunedm import charts, snapshots
 from prunedm.store import MASK_LAYERS, Run, stage_step
 
+MOST_FRAMES = 60  # of a layer; a run has some twenty unless its recipe asks for more
 FIGURES = {
     "flips": "groups that differ from the initial mask",
     "moved": "groups that changed since the last snapshot",
@@ -24,26 +26,27 @@ FIGURES = {
 
 
 def evolution(run: Run) -> None:
-    """All layers over time, then one layer at one snapshot."""
+    """One layer's mask played through its snapshots, then all layers over time, then how the masks settle."""
     layers, paths = snapshots.masked_layers(run), run.mask_snapshots()
     if not layers or not paths:
         st.caption("Masks appear here when stage 2 begins.")
         return
     names = [layer["layer"] for layer in layers]
-    records = lab.lines(run, MASK_LAYERS)
-    all_layers(run, names, records)
-    chosen = st.selectbox("Layer", names, key="mask_layer")
-    steps = [stage_step(path)[1] for path in paths]
-    at = parts.step_slider("Snapshot at step", steps, f"mask_step {run.id}")
-    layer, number = layers[names.index(chosen)], steps.index(at)
-    one_layer(run, layer, at, read(paths[number]), read(paths[0]))
+    chosen = st.selectbox("Layer", names, key="mask_layer", persist_state="session")
+    one_layer(run, layers[names.index(chosen)], spread(paths))
+    st.subheader("All layers")
+    all_layers(run, names, lab.lines(run, MASK_LAYERS))
+    st.subheader("How the masks settle")
+    curve_views.settling(run)
 
 
 def all_layers(run: Run, names: list[str], records: list[dict[str, Any]]) -> None:
     there = [key for key in FIGURES if any(key in record for record in records)]
     if not there:
         return
-    key = st.selectbox("Figure of each layer", there, format_func=FIGURES.get, key="mask_figure")
+    key = st.selectbox(
+        "Figure of each layer", there, format_func=FIGURES.get, key="mask_figure", persist_state="session"
+    )
     shown = [record for record in records if key in record]
     steps = [record["step"] for record in shown]
     values = np.array([record[key] for record in shown])
@@ -57,27 +60,48 @@ def all_layers(run: Run, names: list[str], records: list[dict[str, Any]]) -> Non
         st.dataframe({"layer": names, **{f"step {s}": values[i] for i, s in enumerate(steps)}}, hide_index=True)
 
 
-def one_layer(run: Run, layer: dict[str, Any], at: int, mask: np.ndarray, first: np.ndarray) -> None:
-    """Two heatmaps of one layer: what is kept, and what has changed since the initial mask."""
-    name = layer["layer"]
-    kept, changed = snapshots.kept_share(mask, layer), snapshots.changed_share(mask, first, layer)
-    left, right = st.columns(2)
-    with left:
-        figure = charts.mask_heatmap(kept, f"Kept at step {at}", "kept", f"{run.id}/{name}/kept")
-        live_plot(figure, "mask-kept", f"Share kept in {name} at step {at}, mean {kept.mean():.1%}")
-    with right:
-        figure = charts.mask_heatmap(changed, "Changed since the initial mask", "changed", f"{run.id}/{name}/changed")
-        live_plot(figure, "mask-changed", f"Share of positions of {name} changed, mean {changed.mean():.1%}")
-    with st.expander("Kept share as a table (rows: output channels, columns: input channels)"):
-        st.dataframe(kept.round(3))
+def one_layer(run: Run, layer: dict[str, Any], paths: list[Path]) -> None:
+    """The layer's mask at each snapshot, and the one that the reader rests at as a table."""
+    frames = Frames(
+        [stage_step(path)[1] for path in paths],
+        np.stack([kept(path, layer) for path in paths]),
+        np.stack([changed(path, paths[0], layer) for path in paths]),
+    )
+    at = player(frames, layer["layer"], run.id)
+    with st.expander(f"Kept share at step {at} as a table (rows: output channels, columns: input channels)"):
+        st.dataframe(frames.kept[frames.steps.index(at)].round(3))
 
 
-def read(path: Path) -> np.ndarray:
-    return _read(str(path), path.stat().st_mtime_ns)
+def spread(paths: list[Path]) -> list[Path]:
+    """At most so many snapshots, evenly spread, the first and the last among them."""
+    if len(paths) <= MOST_FRAMES:
+        return paths
+    return [paths[i] for i in np.linspace(0, len(paths) - 1, MOST_FRAMES).round().astype(int)]
 
 
-@st.cache_data(show_spinner=False, max_entries=8)
-def _read(path: str, stamp: int) -> np.ndarray:
+def kept(path: Path, layer: dict[str, Any]) -> np.ndarray:
+    return _kept(str(path), lab.stamp(path), layer)
+
+
+def changed(path: Path, first: Path, layer: dict[str, Any]) -> np.ndarray:
+    return _changed(str(path), lab.stamp(path), str(first), lab.stamp(first), layer)
+
+
+@st.cache_data(show_spinner=False, max_entries=8 * MOST_FRAMES)
+def _kept(path: str, stamp: tuple[int, ...], layer: dict[str, Any]) -> np.ndarray:
+    return snapshots.kept_share(_read(path, stamp), layer).astype(np.float32)
+
+
+@st.cache_data(show_spinner=False, max_entries=8 * MOST_FRAMES)
+def _changed(
+    path: str, stamp: tuple[int, ...], first: str, first_stamp: tuple[int, ...], layer: dict[str, Any]
+) -> np.ndarray:
+    return snapshots.changed_share(_read(path, stamp), _read(first, first_stamp), layer).astype(np.float32)
+
+
+@st.cache_resource(show_spinner=False, max_entries=4)
+def _read(path: str, stamp: tuple[int, ...]) -> np.ndarray:
+    """A whole snapshot; treat as read-only."""
     return snapshots.read(Path(path))
 
 

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import shutil
 import time
-from bisect import bisect_right
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,7 @@ def tab(run: Run) -> None:
         return
     starts = [event["time"] for event in lab.events(run, "started")]
     shown = system.spaced(found, (found[-1]["time"] - found[0]["time"]) / POINTS) if len(found) > POINTS else found
-    minutes = running_minutes([record["time"] for record in shown], starts)
+    minutes = charts.running_minutes([record["time"] for record in shown], starts)
     last = found[-1]
     left, right = st.columns(2)
     with left:
@@ -123,20 +122,6 @@ def gpu_names(shown: list[dict[str, Any]]) -> dict[int, str]:
 
 
 # --- Figures for live_plot
-
-
-def running_minutes(times: list[float], starts: list[float]) -> list[float]:
-    """Minutes since the start at each time: what lies between a session's last sample and the next start is cut."""
-    minutes, cut, previous, session = [], 0.0, times[0], -1
-    for at in times:
-        now_in = bisect_right(starts, at)
-        if now_in != session:
-            began = starts[now_in - 1] if now_in else at
-            cut += max(0.0, began - previous) if session >= 0 else began
-            session = now_in
-        minutes.append(round((at - cut) / 60, 4))
-        previous = at
-    return minutes
 
 
 def cpu(shown: list[dict[str, Any]], minutes: list[float], view: str) -> Figure:

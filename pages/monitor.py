@@ -4,17 +4,11 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import lab, mask_views, parts, system_views
-from app.live_plot import live_plot
-from prunedm import charts
+from app import curve_views, lab, mask_views, parts, system_views
 from prunedm.records import RESUMABLE, STAGE_LABELS
 from prunedm.store import Run, stage_step
 
 EVERY_PROGRESS, EVERY_CURVES, EVERY_MASKS, EVERY_SAMPLES = 1.0, 2.0, 5.0, 2.0
-CURVES = (
-    *("flips", "entropy", "top_probability", "sample_flips", "tau", "residual", "residual_spread", "tracker"),
-    *("advantage", "mask_lr", "lr", "mask_grad_norm", "grad_norm"),
-)
 
 
 def header(run: Run, live: bool) -> None:
@@ -85,26 +79,6 @@ def pause_action(card: lab.Card) -> None:
             st.rerun()
 
 
-def curves(run: Run) -> None:
-    log = st.toggle("Logarithmic loss", key="log_loss")
-    records = lab.metrics(run)
-    if not records:
-        st.caption("Waiting for the first training step…")
-        return
-    figure = charts.curve(records, "loss", STAGE_LABELS, run.id, log)
-    live_plot(figure, "curve-loss", "Training loss over the steps of each stage")
-    keys = [k for k in CURVES if any(k in r for r in records)]
-    for left in range(0, len(keys), 2):
-        for column, name in zip(st.columns(2), keys[left : left + 2]):
-            with column:
-                figure = charts.curve(records, name, STAGE_LABELS, run.id)
-                live_plot(figure, f"curve-{name}", f"{charts.LABELS[name]} over the steps")
-    if any("tracker.0" in r for r in records):
-        steps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
-        figure = charts.tracker_by_bin(records, steps, run.id)
-        live_plot(figure, "curve-tracker-bins", "Loss tracker of each timestep bin over the mask steps")
-
-
 def samples(run: Run) -> None:
     paths = {path.stem: path for path in run.samples()}
     if not paths:
@@ -121,7 +95,7 @@ def moment(path: Path) -> str:
     return f"{STAGE_LABELS.get(stage, 'Dense model')}, step {step}" if step else STAGE_LABELS.get(stage, "Dense model")
 
 
-def section(draw, run: Run, every: float) -> None:
+def section(draw, run: Run, every: float | None) -> None:
     """A part of the page that follows the run's folder while there is something to follow."""
 
     @st.fragment(run_every=every if is_live else None)
@@ -130,6 +104,32 @@ def section(draw, run: Run, every: float) -> None:
             draw(run)
 
     show()
+
+
+def recipe(run: Run) -> None:
+    st.code(run.recipe().to_yaml(), language="yaml")
+
+
+TABS = {
+    "Curves": (curve_views.training, EVERY_CURVES),
+    "Masks": (mask_views.evolution, EVERY_MASKS),
+    "Compliance": (mask_views.compliance, EVERY_MASKS),
+    "Samples": (samples, EVERY_SAMPLES),
+    "Log": (parts.log, EVERY_CURVES),
+    "Recipe": (recipe, None),
+    "System": (system_views.tab, EVERY_CURVES),
+}
+
+
+def tabs(run: Run) -> None:
+    """Only the open one is drawn; which one is remembered over runs and pages, and named in the address."""
+    if "tab" not in st.session_state and "tab" not in st.query_params:
+        st.session_state["tab"] = st.session_state.get("monitor_tab", next(iter(TABS)))
+    for tab, (draw, every) in zip(st.tabs(list(TABS), key="tab", bind="query-params"), TABS.values()):
+        if tab.open:
+            with tab:
+                section(draw, run, every)
+    st.session_state["monitor_tab"] = st.session_state["tab"]
 
 
 st.title("Monitor")
@@ -145,18 +145,4 @@ is_live = card.active
 section(lambda run: header(run, is_live), card.run, EVERY_PROGRESS)
 if card.status == "failed":
     parts.failure(card)
-tabs = st.tabs(["Curves", "Masks", "Compliance", "Samples", "Log", "Recipe", "System"])
-parts_of_tabs = [
-    (curves, EVERY_CURVES),
-    (mask_views.evolution, EVERY_MASKS),
-    (mask_views.compliance, EVERY_MASKS),
-    (samples, EVERY_SAMPLES),
-    (parts.log, EVERY_CURVES),
-]
-for tab, (draw_tab, seconds) in zip(tabs, parts_of_tabs):
-    with tab:
-        section(draw_tab, card.run, seconds)
-with tabs[-2]:
-    st.code(card.recipe.to_yaml(), language="yaml")
-with tabs[-1]:
-    section(system_views.tab, card.run, EVERY_CURVES)
+tabs(card.run)

@@ -4,6 +4,10 @@ nothing, where ``go.Figure`` takes some 15 ms each. Colours are safe for colour-
 from __future__ import annotations
 
 import html
+import itertools
+from bisect import bisect_right
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -39,55 +43,106 @@ LABELS = {
 BIN_COLORS = [f"hsl({260 - 22 * b},60%,50%)" for b in range(10)]  # noisy is warm, clean is cool
 
 
-def curve(records: list[dict[str, Any]], key: str, labels: dict[str, str], view: str, log: bool = False) -> Figure:
-    """One figure over the run's steps, a trace a stage: raw as a shadow, smoothed on top.
+@dataclass(frozen=True)
+class Look:
+    """How curves are looked at.
 
-    ``view`` names what is looked at: zoom is kept while it stays the same.
+    minutes: of running, one for each record, to draw over time instead of steps. smoothing: weight of the past
+    in the moving average, 0 (as recorded) to below 1.
     """
-    traces, offset = [], 0
-    for stage in dict.fromkeys(r["stage"] for r in records):
-        rows = [r for r in records if r["stage"] == stage]
-        points = [(offset + r["step"], r[key]) for r in rows if key in r]
-        offset += rows[-1]["step"]
+
+    log: bool = False
+    smoothing: float = SMOOTHING
+    minutes: list[float] | None = None
+
+
+def curve(
+    records: list[dict[str, Any]], key: str, labels: dict[str, str], view: str, look: Look | None = None
+) -> Figure:
+    """One figure over the run, a trace a stage: raw as a shadow, smoothed on top.
+
+    ``view`` names what is looked at: zoom is kept while it and the axes stay the same.
+    """
+    look = look or Look()
+    traces, offset, begin = [], 0, 0
+    for stage, group in itertools.groupby(records, key=itemgetter("stage")):
+        rows = list(group)
+        at = look.minutes[begin : begin + len(rows)] if look.minutes else [offset + row["step"] for row in rows]
+        points = [(x, row[key]) for x, row in zip(at, rows) if key in row]
+        offset, begin = offset + rows[-1]["step"], begin + len(rows)
         if points:
-            traces += _traces(points, labels.get(stage, stage), COLORS.get(stage, "#666666"), key in NOISY)
-    drawn = layout("training step, all stages", LABELS.get(key, key), f"{view}/{key}/{log}")
-    if log:
+            smoothing = look.smoothing if key in NOISY else 0.0
+            traces += _traces(points, labels.get(stage, stage), COLORS.get(stage, "#666666"), smoothing)
+    over = "minutes of running" if look.minutes else "training step, all stages"
+    drawn = layout(over, LABELS.get(key, key), f"{view}/{key}/{look.log}/{over}")
+    if look.log:
         drawn["yaxis"]["type"] = "log"
     return {"data": traces, "layout": drawn}
 
 
-def _traces(points: list[tuple[int, float]], name: str, color: str, noisy: bool) -> list[dict[str, Any]]:
-    x, y = (np.array(v, dtype=float) for v in zip(*points))
+def _traces(points: list[tuple[float, float]], name: str, color: str, smoothing: float) -> list[dict[str, Any]]:
+    x, y = np.array(points, dtype=float).T
     keep = slice(None, None, -(-len(x) // LARGEST_TRACE))
     line = {"type": "scatter", "x": x[keep].tolist(), "mode": "lines", "name": name}
-    if not noisy or len(x) < 10:
+    if not smoothing or len(x) < 10:
         mode = "lines+markers" if len(x) < 30 else "lines"
         return [line | {"y": y[keep].tolist(), "mode": mode, "line": {"color": color, "width": 2}}]
     shadow = {"line": {"color": color, "width": 1}, "opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
-    smooth = smoothed(y)[keep].tolist()
+    smooth = smoothed(y, smoothing)[keep].tolist()
     return [line | {"y": y[keep].tolist()} | shadow, line | {"y": smooth, "line": {"color": color, "width": 2}}]
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
+def running_minutes(times: list[float], starts: list[float]) -> list[float]:
+    """Minutes since the start at each time: what lies between a session's last record and the next start is cut."""
+    minutes, cut, previous, session = [], 0.0, times[0], -1
+    for at in times:
+        now_in = bisect_right(starts, at)
+        if now_in != session:
+            began = starts[now_in - 1] if now_in else at
+            cut += max(0.0, began - previous) if session >= 0 else began
+            session = now_in
+        minutes.append(round((at - cut) / 60, 4))
+        previous = at
+    return minutes
+
+
+def smoothed(values: np.ndarray, smoothing: float) -> np.ndarray:
     """Exponential moving average with debiasing (TensorBoard's)."""
-    return pd.Series(values).ewm(alpha=1 - SMOOTHING, adjust=True).mean().to_numpy()
+    return pd.Series(values).ewm(alpha=1 - smoothing, adjust=True).mean().to_numpy()
 
 
-def mask_heatmap(values: np.ndarray, title: str, share: str, view: str) -> Figure:
-    """One layer: input channels across, output channels down."""
-    bar = {"title": {"text": share}, "tickformat": ".0%"}
-    trace = {
-        "type": "heatmap",
-        "z": values.round(4).tolist(),
-        "zmin": 0,
-        "zmax": 1,
-        "colorscale": "Cividis",
-        "colorbar": bar,
-    }
-    drawn = layout("input channel", "output channel", view) | {"height": 420, "title": {"text": title}}
-    drawn["yaxis"]["autorange"] = "reversed"
-    return {"data": [trace], "layout": drawn}
+def mask_pair(most_changed: float, view: str, narrow: bool = False) -> Figure:
+    """One layer's kept and changed shares (``z`` is for whoever draws), one beside or above the other.
+
+    Input channels across, output channels down; both are zoomed as one. most_changed: upper end of the colours.
+    """
+    near, far, whole = [0.0, 0.4], [0.57, 0.97], [0.0, 0.88]
+    across = (whole, whole) if narrow else (near, far)
+    down = ([0.56, 1.0], [0.0, 0.4]) if narrow else ([0.0, 1.0], [0.0, 1.0])
+    traces, drawn = [], layout("input channel", "output channel", view) | {"height": 800 if narrow else 440}
+    axes, drawn["annotations"] = {letter: drawn.pop(f"{letter}axis") for letter in "xy"}, []
+    titles = (("Kept", 1.0, "Cividis"), ("Changed since the initial mask", max(most_changed, 0.01), "Viridis"))
+    for number, (title, most, colors) in enumerate(titles, 1):
+        index = "" if number == 1 else str(number)
+        middle, height = sum(down[number - 1]) / 2, down[number - 1][1] - down[number - 1][0]
+        bar = {"tickformat": ".0%", "x": across[number - 1][1] + 0.01, "y": middle, "len": height + 0.05}
+        traces.append(
+            {"type": "heatmap", "zmin": 0, "zmax": most, "colorscale": colors, "colorbar": bar | {"thickness": 14}}
+            | {"xaxis": f"x{index}", "yaxis": f"y{index}", "name": title}
+            | {"hovertemplate": f"output %{{y}}, input %{{x}}: %{{z:.1%}} {title.lower()}<extra></extra>"}
+        )
+        drawn[f"xaxis{index}"] = axes["x"] | {"domain": across[number - 1], "anchor": f"y{index}"}
+        drawn[f"yaxis{index}"] = axes["y"] | {
+            "domain": down[number - 1],
+            "anchor": f"x{index}",
+            "autorange": "reversed",
+        }
+        if index:
+            drawn[f"xaxis{index}"] |= {"matches": "x"}
+            drawn[f"yaxis{index}"] |= {"matches": "y", "title": {"text": "output channel" if narrow else ""}}
+        place = {"xref": f"x{index} domain", "yref": f"y{index} domain", "x": 0, "y": 1, "yanchor": "bottom"}
+        drawn["annotations"].append(place | {"text": title, "showarrow": False, "font": {"size": 15}})
+    return {"data": traces, "layout": drawn}
 
 
 def evolution_heatmap(

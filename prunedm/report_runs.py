@@ -36,7 +36,7 @@ def _curves(run: Run) -> Html:
     for key in CURVES:
         own = [r for r in records if isinstance(r.get(key), int | float)]
         if own:
-            drawn = charts.curve(records, key, STAGE_LABELS, run.id, log=key == "loss")
+            drawn = charts.curve(records, key, STAGE_LABELS, run.id, charts.Look(log=key == "loss"))
             title = charts.LABELS.get(key, key)
             stages = ", ".join(STAGE_LABELS.get(s, s) for s in dict.fromkeys(r["stage"] for r in own))
             alt = f"{title} of {run.id} over {len(own)} recorded steps ({stages})"

@@ -194,13 +194,42 @@ def test_patterns_of_single_layers_are_typed_as_yaml(runs):
 
 
 def test_monitor_shows_alerts_the_baseline_and_the_allocation(with_done):
-    app = open_page("monitor")
+    app = open_page("monitor", tab="Compliance")
     text = said(app)
     assert "No movement" in text and "raise mask.lr" in text
     assert "What the initial mask costs" in text and "Patterns chosen for the budget" in text
+    app = open_page("monitor", tab="Masks")
     for figure in mask_views.FIGURES:
         app.selectbox(key="mask_figure").set_value(figure).run()
         assert not app.exception and not app.error
+
+
+@pytest.mark.parametrize("tab", ["Curves", "Masks", "Compliance", "Samples", "Log", "Recipe", "System"])
+def test_each_tab_of_monitor_shows_a_finished_run(with_done, tab):
+    app = open_page("monitor", tab=tab)
+    assert not app.error and not app.exception
+
+
+def test_the_place_in_monitor_is_kept_over_runs_and_pages(with_done, runs):
+    other = runs / f"{with_done.id}-2"
+    shutil.copytree(with_done.folder, other)
+    app = open_page("monitor", run=with_done.id, tab="Masks")
+    layer = app.selectbox(key="mask_layer").options[3]
+    app.selectbox(key="mask_layer").set_value(layer).run()
+    app.selectbox(key="run_pick").set_value(other.name).run()
+    assert app.selectbox(key="mask_layer").value == layer, "another run, the same tab and layer"
+    app.switch_page("../pages/runs.py").run()
+    app.query_params.clear()
+    app.switch_page("../pages/monitor.py").run()
+    assert app.selectbox(key="mask_layer").value == layer, "and after a look at another page"
+
+
+def test_curves_are_drawn_over_time_smoothed_and_as_recorded(with_done):
+    app = open_page("monitor")
+    app.segmented_control(key="curve_axis").set_value("Time").run()
+    app.slider(key="curve_smoothing").set_value(0.0).run()
+    app.toggle(key="log_loss").set_value(True).run()
+    assert not app.exception and not app.error
 
 
 def test_a_bad_value_in_the_form_is_said_and_offers_no_start(runs):
@@ -365,7 +394,7 @@ def test_a_damaged_file_breaks_no_page(with_done, runs, name, content):
 def test_damaged_pictures_break_no_page(with_done, kind):
     for path in (with_done.folder / kind).iterdir():
         path.write_bytes(b"torn")
-    app = open_page("monitor")
+    app = open_page("monitor", tab=kind.capitalize())
     assert app.error, "it is said"
 
 
@@ -447,7 +476,7 @@ def test_a_reinforce_run_draws_the_tracker_of_each_timestep_bin(runs, micro):
     recorded = [r for r in run.metrics() if r["stage"] == "mask"]
     for b, trace in enumerate(figure["data"]):
         assert trace["x"] == [1, 2, 3, 4] and trace["y"] == [r[f"tracker.{b}"] for r in recorded]
-    open_page("monitor", run=run.id)
+    assert not open_page("monitor", run=run.id, tab="Masks").error
 
 
 def test_what_a_killed_server_left_half_exported_is_made_again(with_done):

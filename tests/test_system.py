@@ -12,7 +12,7 @@ import pytest
 from test_app import open_page, said
 
 from app import system_views
-from prunedm import pipeline, store, system
+from prunedm import charts, pipeline, store, system
 from prunedm.recipe import Recipe
 
 GIB = 2**30
@@ -205,10 +205,10 @@ def test_a_sample_costs_next_to_nothing(run, no_nvml):
 
 def test_running_time_leaves_out_what_lies_between_two_sessions():
     times = [102.0, 104.0, 106.0, 1002.0, 1004.0]
-    assert system_views.running_minutes(times, [100.0, 1000.0]) == pytest.approx(
+    assert charts.running_minutes(times, [100.0, 1000.0]) == pytest.approx(
         [2 / 60, 4 / 60, 6 / 60, 8 / 60, 10 / 60], abs=1e-4
     )
-    assert system_views.running_minutes(times[:3], []) == pytest.approx([0, 2 / 60, 4 / 60], abs=1e-4)
+    assert charts.running_minutes(times[:3], []) == pytest.approx([0, 2 / 60, 4 / 60], abs=1e-4)
 
 
 def test_figures_show_shares_gibibytes_and_gaps():
@@ -237,7 +237,7 @@ def test_monitor_shows_the_machine_of_an_active_run(runs, status):
     gpus = [{"index": 0, "name": "H200", "utilisation": 87, "memory": 12 * GIB, "memory_total": 140 * GIB}]
     gpus[0] |= {"temperature": 54, "power": None}
     write(run, [sample(time.time() - 4), sample(time.time(), gpus=gpus)])
-    text = said(open_page("monitor"))
+    text = said(open_page("monitor", tab="System"))
     assert "**CPU** 90 % of 2 cores (this run 75 %)" in text and "4.0 of 16.0 GiB (this run 1.0)" in text
     assert "**GPU 0** 87 %, 12.0 of 140.0 GiB, 54 °C" in text and "Not told by this GPU: GPU power" in text
     write(run, [sample(time.time() - 60)])
@@ -248,7 +248,7 @@ def test_monitor_of_an_ended_run_has_charts_and_no_strip(runs):
     run = store.create(runs, Recipe())
     write(run, [sample(time.time() - 2.0 * i) for i in range(900, 0, -1)])
     run.end(run.state(), "done", None)
-    app = open_page("monitor")
+    app = open_page("monitor", tab="System")
     assert not app.error and "**CPU**" not in said(app) and "No GPU was seen" in said(app)
 
 
@@ -257,7 +257,7 @@ def test_a_damaged_file_breaks_no_page(runs, content):
     run = store.create(runs, Recipe())
     (run.folder / store.SYSTEM).write_bytes(content)
     run.claim(run.state(), "running")
-    assert not open_page("monitor").error
+    assert not open_page("monitor", tab="System").error
 
 
 def write(run, records):
