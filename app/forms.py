@@ -52,9 +52,9 @@ def key(path: str) -> str:
     return f"recipe.{path}"
 
 
-def fill(recipe: Recipe) -> None:
-    """Put a recipe's values into the widgets (before they are drawn)."""
-    for path, value in recipes.flatten(recipe.model_dump()).items():
+def fill(recipe: Recipe, changes: dict[str, Any] | None = None) -> None:
+    """Put a recipe's values into the widgets (before they are drawn), some of them changed."""
+    for path, value in (recipes.flatten(recipe.model_dump()) | (changes or {})).items():
         st.session_state[key(path)] = _as_text(value) if _is_text(path) else value
 
 
@@ -130,9 +130,10 @@ def fields(wrong: dict[str, str] | None = None, sources: dict[str, str] | None =
         with column:
             document[name] = _widget(name, Recipe.model_fields[name])
             _say(wrong.get(name))
-    left, right = st.columns(2)
     for number, (section, title) in enumerate(SECTIONS.items()):
-        with (left, right)[number % 2], st.container(border=True):
+        if number % 2 == 0:  # row by row, so that one below the other they keep their order
+            sides = st.columns(2)
+        with sides[number % 2], st.container(border=True, height="stretch"):
             st.subheader(title)
             _say(wrong.get(section))
             model = Recipe.model_fields[section].annotation
@@ -140,10 +141,20 @@ def fields(wrong: dict[str, str] | None = None, sources: dict[str, str] | None =
             shown = {name: field for name, field in model.model_fields.items() if name not in folded}
             document[section] = _pairs(section, shown, wrong, sources)
             if folded:
-                hidden = {name: model.model_fields[name] for name in folded}
-                with st.expander("More settings", expanded=any(f"{section}.{name}" in wrong for name in folded)):
-                    document[section] |= _pairs(section, hidden, wrong, sources)
+                document[section] |= _fold(section, {name: model.model_fields[name] for name in folded}, wrong)
     return document
+
+
+def _fold(section: str, hidden: dict[str, Any], wrong: dict[str, str]) -> dict[str, Any]:
+    """What most runs leave alone, drawn only while its fold is open: the whole form would take twice the time."""
+    fold_key = f"launch.fold.{section}"
+    if any(f"{section}.{name}" in wrong for name in hidden):
+        st.session_state[fold_key] = True
+    fold = st.expander("More settings", key=fold_key, on_change="rerun")
+    if fold.open:
+        with fold:
+            return _pairs(section, hidden, wrong, {})
+    return {name: _value(field, st.session_state.get(key(f"{section}.{name}"))) for name, field in hidden.items()}
 
 
 def _say(fault: str | None) -> None:

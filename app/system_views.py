@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import streamlit as st
 
 from app import lab, parts
@@ -21,6 +22,7 @@ from prunedm.jobs import load_engine
 from prunedm.store import SYSTEM, Run
 
 POINTS = 300  # of a trace at most
+FIRST_LOOK = 0.05  # seconds
 FRESH = 10.0  # seconds within which a sample is the state of now
 GIB = 2**30
 COLORS, DASHES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), ("solid", "dash", "dot", "dashdot")
@@ -188,6 +190,31 @@ def layout(title: str, view: str) -> dict[str, Any]:
 # --- This machine
 
 
+@st.cache_resource(show_spinner=False)
+def _gpus() -> system.Gpus:
+    psutil.cpu_percent(FIRST_LOOK)  # its first figure is that since the import, and so none
+    return system.Gpus()
+
+
+def machine_now() -> list[tuple[str, str, str]]:
+    """CPU, memory, GPU and disk at this moment: label, figure, and what it means."""
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(existing(lab.runs_dir()))
+    gpus = _gpus()
+    seen = gpus.look()
+    gpu = ("GPU", f"{len(seen)}", ", ".join(gpu_now(one) for one in seen)) if seen else ("GPU", "none", NO_GPU)
+    return [
+        (f"CPU, {os.cpu_count()} cores", f"{psutil.cpu_percent():.0f} %", "of all processes, since the last look"),
+        ("Memory free", bytes_in_words(memory.available), f"of {bytes_in_words(memory.total)}"),
+        gpu,
+        ("Disk free", bytes_in_words(disk.free), f"where runs are kept: {parts.plain(lab.runs_dir())}"),
+    ]
+
+
+def existing(path: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 class Folder(NamedTuple):
     """A folder on disk: how large it is, and what is free beside it, bytes."""
 
@@ -237,8 +264,7 @@ def take(runs_dir: Path) -> Look:
 
 
 def folder(name: str, path: Path) -> Folder:
-    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return Folder(name, path, size_of(path), shutil.disk_usage(existing).free)
+    return Folder(name, path, size_of(path), shutil.disk_usage(existing(path)).free)
 
 
 def size_of(path: Path) -> int:

@@ -1,14 +1,15 @@
 """Home: what this is, the demo, the runs, this machine."""
 
-import os
+from dataclasses import dataclass
 
-import psutil
 import streamlit as st
 
-from app import lab, parts
+from app import lab, parts, system_views
 from prunedm import bundled, recipe
+from prunedm.records import RESUMABLE
 
-RECENT = 8
+RECENT, SUGGESTED = 8, 3
+EVERY_MACHINE = 2.0  # seconds
 
 
 def welcome() -> None:
@@ -76,16 +77,69 @@ def runs() -> None:
     listing()
 
 
-def machine() -> None:
-    with st.expander("This machine"):
-        memory = psutil.virtual_memory()
-        st.write(
-            f"{os.cpu_count()} CPU cores, {memory.available / 2**30:.1f} GiB of memory free. "
-            f"Runs are kept in {parts.plain(lab.runs_dir())}. For the rest: `python -m prunedm doctor`."
+@dataclass(frozen=True)
+class NextStep:
+    """One thing worth doing now, and the page where it is done."""
+
+    title: str
+    why: str
+    page: str
+    query: dict[str, str] | None = None
+
+
+def next_steps(cards: list[lab.Card]) -> list[NextStep]:
+    """What the runs so far ask for, the most urgent first; empty before the first run."""
+    steps = []
+    active = next((c for c in cards if c.active), None)
+    broken = next((c for c in cards if c.status in RESUMABLE), None)
+    done = next((c for c in cards if c.status == "done" and c.results), None)
+    if active:
+        steps.append(
+            NextStep("Watch it work", f"{active.run.id} is {active.status}.", "monitor", {"run": active.run.id})
         )
+    if broken:
+        why = {"failed": "failed: see why, and what to change.", "stopped": "was stopped: Resume goes on."}
+        said = why.get(broken.status, "was interrupted: Resume goes on from its checkpoint.")
+        steps.append(NextStep("Bring it to its end", f"{broken.run.id} {said}", "monitor", {"run": broken.run.id}))
+    if done:
+        name = done.run.id
+        steps += [
+            NextStep("See what it cost", f"{name} against the dense model, seed by seed.", "compare", {"runs": name}),
+            NextStep("Take it with you", f"Export {name} for diffusers, ONNX or TensorRT.", "models", {"run": name}),
+            NextStep("Try many settings", "Sweep over any field and read the Pareto front.", "sweep"),
+            NextStep("Bring your own model", "Import a diffusers UNet, then choose it in Launch.", "models"),
+        ]
+    return steps[:SUGGESTED]
+
+
+def suggest() -> None:
+    steps = next_steps(lab.cards())
+    if not steps:
+        return
+    st.subheader("What next")
+    for column, step in zip(st.columns(SUGGESTED), steps):
+        with column.container(border=True, height="stretch"):
+            st.markdown(f"**{step.title}**")
+            st.caption(parts.plain(step.why))
+            path = lab.ROOT / "pages" / f"{step.page}.py"
+            st.page_link(path, label=f"Open {step.page.capitalize()}", query_params=step.query)
+
+
+def machine() -> None:
+    """What runs have at their disposal, and how much of it is taken."""
+    st.subheader("This machine")
+    live = any(c.active for c in lab.cards())
+
+    @st.fragment(run_every=EVERY_MACHINE if live else None)
+    def show() -> None:
+        for column, (label, value, help_) in zip(st.columns(4), system_views.machine_now()):
+            column.metric(label, value, help=help_, border=True)
+
+    show()
 
 
 welcome()
+suggest()
 runs()
 machine()
 with parts.said():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import curve_views, lab, mask_views, parts, system_views
+from app import curve_views, forms, lab, mask_views, parts, system_views
 from prunedm.records import RESUMABLE, STAGE_LABELS
 from prunedm.store import Run, stage_step
 
@@ -79,6 +79,20 @@ def pause_action(card: lab.Card) -> None:
             st.rerun()
 
 
+def failure(card: lab.Card) -> None:
+    """Cause in plain words, what to do (in one press, where the recipe is at fault), and the log folded."""
+    st.error(f"**Why it failed:** {parts.plain(card.state.error)}")
+    changes = card.state.remedy
+    if changes:
+        said = ", ".join(f"{field} = {value:g}" for field, value in changes.items())
+        help_ = "Fills the Launch form with this run's recipe and that change; nothing starts yet."
+        if st.button(f"Try again with {said}", type="primary", help=help_):
+            forms.fill(card.recipe, changes)
+            st.switch_page(lab.ROOT / "pages" / "launch.py")
+    with st.expander("Log with the traceback"):
+        parts.log(card.run)
+
+
 def samples(run: Run) -> None:
     paths = {path.stem: path for path in run.samples()}
     if not paths:
@@ -144,5 +158,5 @@ if card.problem:
 is_live = card.active
 section(lambda run: header(run, is_live), card.run, EVERY_PROGRESS)
 if card.status == "failed":
-    parts.failure(card)
+    failure(card)
 tabs(card.run)

@@ -114,11 +114,11 @@ class Jobs:
 
     def _execute(self, run: Run) -> None:
         load_engine()
-        from . import pipeline
+        from . import failure, pipeline
 
         try:
             pipeline.execute(run)
         except Exception as error:  # noqa: BLE001  (the queue goes on whatever one run does)
             # Not the pipeline's failures, which it records: the folder is gone, locked or full.
             with suppress(OSError, store.StoreError):
-                run.end(run.state(), "failed", pipeline.plain_words(error))
+                run.end(run.state(), "failed", failure.plain_words(error))

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from . import system
+from . import failure, system
 from .inputs import InputError
 from .progress import MetricsWriter
 from .records import RESUMABLE, Step
@@ -35,7 +35,7 @@ def execute(
         state = run.state()
         run.claim(state, "running")
         writer = MetricsWriter(run, state)
-        status, error = "done", None
+        status, error, remedy = "done", None, {}
         try:
             for step in _recorded_steps(run, writer, stop):
                 on_step(step)
@@ -43,15 +43,16 @@ def execute(
             status = "stopped"
         except KeyboardInterrupt:
             status, error = "interrupted", "interrupted; the last checkpoint is kept"
-        except Exception as failure:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
-            status, error = "failed", plain_words(failure)
+        except Exception as cause:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
+            status, error = "failed", failure.plain_words(cause)
+            remedy = failure.remedy(cause, run.recipe(), state.stage)
             with suppress(OSError):
                 run.log(traceback.format_exc())
         with suppress(OSError):
             writer.flush()
             run.event(status, error=error)
             run.log(status if error is None else f"{status}: {error}")
-        run.end(state, status, error)
+        run.end(state, status, error, remedy)
         return status
 
 
@@ -130,14 +131,3 @@ def resumable(run: Run) -> None:
         raise InputError(f"run {run.id} is {status}; only {', '.join(RESUMABLE)} runs can be resumed")
     run.clear_stop()
     run.clear_pause()
-
-
-def plain_words(error: BaseException) -> str:
-    """A failure in one line."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
-        return f"out of memory; halve data.batch_size (calibrating: prune.calibration_images) ({text[:120]})"
-    if isinstance(error, OSError) and error.errno == 28:
-        return "the disk is full; free some space and resume"
-    known = isinstance(error, ValueError | ArithmeticError)
-    return text if known and text else f"{error.__class__.__name__}: {text or 'no message'}"

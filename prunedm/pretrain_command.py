@@ -134,7 +134,7 @@ def _work(plan: Plan, begin: Callable[[], Any], out: Path, as_json: bool) -> Non
     """Load the images, train with a progress bar, say how it ended."""
     from . import data, unet
     from . import pretrain as engine
-    from .pipeline import plain_words
+    from .failure import plain_words
 
     unet.resolve_device(plan.recipe.device)
     images = data.load(plan.recipe.data, plan.architecture.shape)

@@ -161,4 +161,5 @@ class RunState:
     pid_started: float | None = None
     host: str | None = None
     error: str | None = None  # one line, plain words
+    remedy: dict[str, Any] = field(default_factory=dict)  # of a failure: section.field to the value to try next
     schema: int = 1

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import diffusion, evaluate, mask_stage, model_card, pictures, report_page, store, structured, unet
+from .failure import Diverged
 from .inputs import load_inputs, rounding
 from .learn import FixedMasks
 from .mask_stage import MaskStage
@@ -23,7 +24,7 @@ from .records import STAGES, Step
 from .samples import image_seeds
 from .stage_recipes import CALIBRATED, FIXED_METHODS
 from .store import Run
-from .training import DenseLoss, Diverged, Learner, Task, Trainer, Weights, Window
+from .training import DenseLoss, Learner, Task, Trainer, Weights, Window
 
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 20  # and at most a twentieth of the time goes into writing them
@@ -247,6 +248,11 @@ class Pipeline:
         found = self.run.load_checkpoint(stage)
         if found is not None and found[1]["done"] > trainer.done:  # else it is that of an earlier round
             trainer.load(found[0], found[1]["done"])
+        lost = sum(record["stage"] == stage and record["step"] > trainer.done for record in self.run.metrics())
+        if lost:
+            self.run.log(
+                f"stage {stage} goes on from step {trainer.done}: {lost} steps after its checkpoint are redone"
+            )
         self.run.forget_after(stage, trainer.done)
         self.trainer, self.saved = trainer, time.monotonic()
         self.writer.begin(stage, trainer.done, steps)

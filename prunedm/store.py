@@ -55,9 +55,21 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        _keep_name(path.parent)
     except OSError:
         part.unlink(missing_ok=True)  # on a full disk its space is the first to be needed
         raise
+
+
+def _keep_name(folder: Path) -> None:
+    """Flush a folder's list of names, without which a power cut may undo a replacement. Not where there is no way."""
+    if os.name != "posix":
+        return  # Windows opens no folders, and its replace is written through
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -158,12 +170,13 @@ class Run:
     def claim(self, state: RunState, status: Status) -> None:
         """Record this process as the run's owner."""
         owner.sign(state)
-        state.status, state.error = status, None
+        state.status, state.error, state.remedy = status, None, {}
         self.write_state(state)
 
-    def end(self, state: RunState, status: Status, error: str | None) -> None:
-        """Record how the work on the run ended."""
+    def end(self, state: RunState, status: Status, error: str | None, remedy: dict[str, Any] | None = None) -> None:
+        """Record how the work on the run ended; ``remedy`` as in RunState."""
         state.status, state.error, state.ended, state.eta = status, error, time.time(), None
+        state.remedy = remedy or {}
         self.clear_stop()
         self.clear_pause()
         self.write_state(state)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import diffusion
 from .data import Batches
 from .diffusion import NoisedBatch, Timesteps
+from .failure import Diverged
 from .recipe import Recipe, Train
 from .records import Step
 from .seeds import generator
@@ -228,14 +229,11 @@ def optimizer_state(tensors: dict[str, Tensor], prefix: str, like: Tensor) -> di
     return {k.removeprefix(prefix): v.to(like.device) for k, v in tensors.items() if k.startswith(prefix)}
 
 
-class Diverged(ArithmeticError):
-    """A loss or gradient is no longer a number."""
-
-
-def require_finite(what: str, value: float, step: int, stage: str, remedy: str) -> None:
-    """Raise Diverged in one line unless ``value`` is a finite number."""
+def require_finite(what: str, value: float, step: int, stage: str, *rates: str) -> None:
+    """Raise Diverged in one line unless ``value`` is a finite number; ``rates`` are the recipe's to lower."""
     if not math.isfinite(value):
-        raise Diverged(f"the {what} became {value} at step {step + 1} of {stage}; lower {remedy}")
+        lower = " or ".join(rates)
+        raise Diverged(f"the {what} became {value} at step {step + 1} of {stage}; lower {lower}", rates)
 
 
 class Learner(Protocol):
@@ -299,7 +297,8 @@ class Trainer:
             train = self.weights is not None and self.weights.window.holds(step)
             self.learner.prepare(step, train)
             values = self.learner.step(self.task, self.task.batch(self.stage, step), step, train)
-            require_finite("loss", values["loss"], step, self.stage, "train.lr or mask.lr")
+            rates = (*(["train.lr"] if train else []), *(["mask.lr"] if self.stage == "mask" else []))
+            require_finite("loss", values["loss"], step, self.stage, *rates)
             if train:
                 values |= self.weights.update(step)
                 require_finite("gradient norm", values["grad_norm"], step, self.stage, "train.lr")

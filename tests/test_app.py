@@ -124,6 +124,38 @@ def test_a_failure_is_told_in_plain_words_with_the_traceback_folded(runs):
     assert [e.label for e in app.expander if "traceback" in e.label.lower()]
 
 
+def test_a_failure_that_the_recipe_can_mend_is_offered_as_a_filled_form(runs):
+    run = store.create(runs, recipes.build(recipes.merge(recipes.preset("smoke"), {"seed": 5})))
+    run.end(run.state(), "failed", "out of memory; halve data.batch_size", {"data.batch_size": 7})
+    app = open_page("monitor")
+    button = next(b for b in app.button if b.label == "Try again with data.batch_size = 7")
+    button.click().run()
+    app.switch_page("../pages/launch.py").run()  # AppTest does not follow the link itself
+    assert not app.exception
+    assert app.number_input(key="recipe.data.batch_size").value == 7 and app.number_input(key="recipe.seed").value == 5
+    assert [r.id for r in store.all_runs(runs)] == [run.id], "nothing starts yet"
+
+
+def test_home_says_what_to_do_next(runs, with_done):
+    finished = ["See what it cost", "Take it with you", "Try many settings"]
+    assert suggestions() == finished
+    STATES["interrupted"](runs)
+    assert suggestions() == ["Bring it to its end", *finished[:2]]
+    STATES["running"](runs)
+    assert suggestions() == ["Watch it work", "Bring it to its end", finished[0]]
+
+
+def test_home_suggests_nothing_but_the_demo_before_the_first_run(runs):
+    assert suggestions() == []
+
+
+def suggestions():
+    app = open_page("home")
+    assert {m.label for m in app.metric} >= {"Memory free", "GPU", "Disk free"}
+    words = [m.value.strip("*") for m in app.markdown if m.value.startswith("**")]
+    return [w for w in words if w.split()[0] in ("Watch", "Bring", "See", "Take", "Try")]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_each_page_opens_with_a_finished_run(with_done, page):
     text = said(open_page(page))
@@ -148,16 +180,35 @@ def test_a_query_is_never_rendered_as_markup(with_done):
     assert app.warning and not re.search(r"(?<!\\)[!\[<]", app.warning[0].value)
 
 
-def test_the_form_holds_each_field_of_the_recipe_and_gives_it_back(runs):
+def test_the_form_holds_each_field_of_the_recipe_and_gives_it_back(runs, open_folds):
     from app import forms
 
-    app = open_page("launch")
+    app = open_folds(open_page("launch"), *forms.FOLDED)
     expected = recipes.build(recipes.preset("smoke"))
     keys = {forms.key(path) for path in recipes.flatten(expected.model_dump())}
     drawn = [*app.text_input, *app.number_input, *app.selectbox, *app.toggle]
     assert {w.key for w in drawn} == keys
     shown = next(c.value for c in app.code if c.language == "yaml")
     assert recipes.build(recipes.parse(shown)) == expected
+
+
+def test_a_closed_fold_keeps_what_it_holds_and_takes_what_fills_the_form(runs, open_folds):
+    def shown():
+        return recipes.build(recipes.parse(next(c.value for c in app.code if c.language == "yaml")))
+
+    app = open_folds(open_page("launch"), "mask")
+    app.text_input(key="recipe.mask.tau_end").set_value("0.2").run()
+    app.text_input(key="recipe.mask.snapshot_every").set_value("7").run()
+    assert (shown().mask.tau_end, shown().mask.snapshot_every) == (0.2, 7)
+    open_folds(app, "mask", is_open=False)
+    app.number_input(key="recipe.seed").set_value(5).run()
+    app.switch_page("../pages/home.py").run()
+    app.switch_page("../pages/launch.py").run()
+    assert "recipe.mask.tau_end" not in {w.key for w in app.text_input}
+    assert (shown().mask.tau_end, shown().mask.snapshot_every, shown().seed) == (0.2, 7, 5)
+    next(b for b in app.button if b.label == "Smoke").click().run()
+    assert shown() == recipes.build(recipes.preset("smoke"))
+    assert open_folds(app, "mask").text_input(key="recipe.mask.tau_end").value == ""
 
 
 def test_the_form_predicts_and_prints_the_command(runs):
@@ -182,8 +233,8 @@ def test_the_printed_command_is_the_same_recipe():
     assert recipes.resolve(assignments=assignments, name=name) == recipe
 
 
-def test_patterns_of_single_layers_are_typed_as_yaml(runs):
-    app = open_page("launch")
+def test_patterns_of_single_layers_are_typed_as_yaml(runs, open_folds):
+    app = open_folds(open_page("launch"), "mask")
     app.text_input(key="recipe.mask.layers").set_value("[{match: mid_block.*, pattern: '1:4'}]").run()
     shown = recipes.build(recipes.parse(next(c.value for c in app.code if c.language == "yaml")))
     assert [(la.match, la.pattern) for la in shown.mask.layers] == [("mid_block.*", "1:4")]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "stage_recipes", "recipe", "seeds", "records", "owner", "bundled", "store", "system",
+    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "records", "owner", "bundled", "store", "system",
     "glossary", "cache", "comparison", "shelf",
     "progress", "snapshots", "pictures", "pattern", "charts", "model_charts", "packed",
     "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
@@ -18,8 +18,8 @@ ORDER = [  # a module may import those above it only
     "onnx_graph", "semi_structured", "verify", "subject", "sizes", "extractors", "metrics", "faithfulness", "samples",
     "quality", "environment", "evaluate",
     "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_page",
-    "model_card", "inputs", "forecast", "imports", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
-    "onnx_int8", "onnx_export", "export", "judging",
+    "model_card", "inputs", "forecast", "imports", "import_zip", "mask_stage", "stages", "pipeline", "pretrain", "jobs",
+    "onnx_int8", "onnx_export", "export", "seed_sheets", "judging",
     "sweep_ranges", "sweep_spec", "sweep_trials", "sweep_sampler", "sweep", "sweep_watch", "sweep_worker",
     "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "control_commands",
     "shelf_commands",

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunedm import inputs, learn, maskfile, pattern, pipeline, report, snapshots, stages, store
+from prunedm import failure, inputs, learn, maskfile, pattern, pipeline, report, snapshots, stages, store
 from prunedm import unet as unets
 from prunedm.records import STAGES
 
@@ -266,7 +266,39 @@ def test_a_diverging_run_fails_in_plain_words_and_keeps_its_folder(tmp_path, mic
     assert pipeline.execute(run) == "failed"
     state = run.state()
     assert "the loss became nan at step 1 of mask" in state.error and "\n" not in state.error
+    assert state.remedy == {"mask.lr": float(f"{run.recipe().mask.lr / 3:.2g}")}
     assert "Traceback" in run.log_path.read_text() and run.variants() == ["dense", "structured"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+def test_without_memory_a_smaller_batch_is_offered(tmp_path, micro, monkeypatch, error):
+    def explode(*given):
+        raise error
+
+    monkeypatch.setattr(learn.GumbelMasks, "step", explode)
+    run = store.create(tmp_path, micro())
+    assert pipeline.execute(run) == "failed"
+    state = run.state()
+    assert "halve data.batch_size" in state.error
+    assert state.remedy == {"data.batch_size": run.recipe().data.batch_size // 2}
+    assert failure.remedy(error, run.recipe(), "prune") == {
+        "prune.calibration_images": run.recipe().prune.calibration_images // 2
+    }
+    monkeypatch.undo()
+    assert pipeline.execute(run) == "done" and run.state().remedy == {}
+
+
+def test_steps_that_a_lost_checkpoint_takes_along_are_said(tmp_path, micro):
+    run = store.create(tmp_path, micro())
+    asked = iter([False] * 3)
+    assert pipeline.execute(run, stop=lambda: next(asked, True)) == "stopped"
+    stage = run.state().stage
+    run.drop_checkpoint(stage)
+    steps = sum(record["stage"] == stage for record in run.metrics())
+    assert steps and pipeline.execute(run) == "done"
+    assert (
+        f"stage {stage} goes on from step 0: {steps} steps after its checkpoint are redone" in run.log_path.read_text()
+    )
 
 
 def test_a_full_disk_is_said_and_resumes(done, tmp_path, micro, monkeypatch):
@@ -278,7 +310,7 @@ def test_a_full_disk_is_said_and_resumes(done, tmp_path, micro, monkeypatch):
 
     monkeypatch.setattr(store.Run, "save_checkpoint", full)
     assert pipeline.execute(run) == "failed"
-    assert "disk is full" in run.state().error
+    assert "disk is full" in run.state().error and run.state().remedy == {}, "the recipe is not to blame"
     monkeypatch.setattr(store.Run, "save_checkpoint", write)
     assert pipeline.execute(run) == "done"
     assert_same(done, run)
