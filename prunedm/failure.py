@@ -11,11 +11,11 @@ SMALLER_STEP = 3  # a rate that diverged is divided by this
 
 
 class Diverged(ArithmeticError):
-    """A loss or gradient is no longer a number; ``fields`` are the rates of the recipe that it followed."""
+    """A loss or gradient is no longer a number; ``rates``, by the recipe's names, are those that led there."""
 
-    def __init__(self, message: str, fields: tuple[str, ...]) -> None:
+    def __init__(self, message: str, rates: dict[str, float]) -> None:
         super().__init__(message)
-        self.fields = fields
+        self.rates = rates
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -36,10 +36,10 @@ def plain_words(error: BaseException) -> str:
 
 def remedy(error: BaseException, recipe: Recipe, stage: str) -> dict[str, Any]:
     """``section.field`` to the value to try next; empty where no field is to blame."""
-    now = flatten(recipe.model_dump())
     if isinstance(error, Diverged):
-        return {field: float(f"{now[field] / SMALLER_STEP:.2g}") for field in error.fields}
+        return {field: float(f"{rate / SMALLER_STEP:.2g}") for field, rate in error.rates.items()}
     if out_of_memory(error):
         field = "prune.calibration_images" if stage == "prune" else "data.batch_size"
-        return {field: now[field] // 2} if now[field] > 1 else {}
+        now = flatten(recipe.model_dump())[field]
+        return {field: now // 2} if now > 1 else {}
     return {}

@@ -83,7 +83,7 @@ class GumbelMasks(LogitMasks):
         value = self._loss(task, batch, lambda: self.masked.wear(hard), True)
         gradients = [straight_through(bank, key).mul_(bank.n) for bank, key in zip(self.masked.banks, keys)]
         norm = torch.nn.utils.get_total_norm(gradients).item()  # in the keys: tau times that in the logits
-        require_finite("masks' gradient norm", norm, step, "mask", "mask.lr")
+        require_finite("masks' gradient norm", norm, step, "mask", self.rates)
         # In units of its root mean square: what the optimiser does is then the same for any size of model.
         scale = math.sqrt(sum(gradient.numel() for gradient in gradients)) / max(norm, 1e-30)
         for bank, gradient in zip(self.masked.banks, gradients):

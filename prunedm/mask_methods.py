@@ -32,6 +32,7 @@ class FixedMasks:
 
     def __init__(self, masked: MaskedUNet, spec: Mask, steps: int, seed: int) -> None:
         self.masked, self.spec, self.seed = masked, spec, seed
+        self.rates: dict[str, float] = {}
         self.steps, self.window = steps, Window.of(steps, spec.masks_from, spec.masks_until)
         self.at = 0  # the step at hand
         self._state: tuple[bool, bool] | None = None
@@ -160,6 +161,7 @@ class LogitMasks(FixedMasks, ABC):
         for bank in masked.banks:
             bank.logits = self._start(bank, budget)
         self.peak = spec.lr or self.default_rate(self.window.last - self.window.first)
+        self.rates = {"mask.lr": self.peak}
 
     def _start(self, bank: Bank, budget: float) -> Tensor:
         return bank.initial.to(bank.weights.dtype) * masks.confidence(bank.n, bank.m, budget)

@@ -65,7 +65,7 @@ class ReinforceMasks(LogitMasks):
             residuals.append(residual.mean().item())
             advantages.append(advantage)
         rate, norm = self.rate(step), torch.nn.utils.get_total_norm(moves).item()
-        require_finite("masks' gradient norm", norm, step, "mask", "mask.lr")
+        require_finite("masks' gradient norm", norm, step, "mask", self.rates)
         for bank, move in zip(self.masked.banks, moves):
             bank.logits -= rate * move
         self._refresh()

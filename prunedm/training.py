@@ -229,15 +229,17 @@ def optimizer_state(tensors: dict[str, Tensor], prefix: str, like: Tensor) -> di
     return {k.removeprefix(prefix): v.to(like.device) for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def require_finite(what: str, value: float, step: int, stage: str, *rates: str) -> None:
-    """Raise Diverged in one line unless ``value`` is a finite number; ``rates`` are the recipe's to lower."""
+def require_finite(what: str, value: float, step: int, stage: str, rates: dict[str, float]) -> None:
+    """Raise Diverged in one line unless ``value`` is a finite number; ``rates`` are those that led there."""
     if not math.isfinite(value):
-        lower = " or ".join(rates)
+        lower = " or ".join(rates) or "the rate"
         raise Diverged(f"the {what} became {value} at step {step + 1} of {stage}; lower {lower}", rates)
 
 
 class Learner(Protocol):
     """What a trainer drives: DenseLoss below, and the mask methods of learn.py."""
+
+    rates: dict[str, float]  # of its own parameters, by the recipe's names
 
     def prepare(self, step: int, train: bool) -> None:
         """Called before each step; ``train``: whether the weights move in it."""
@@ -254,7 +256,7 @@ class DenseLoss:
     """No masks: plain fine-tuning through the same loop."""
 
     def __init__(self, unet: nn.Module) -> None:
-        self.unet = unet
+        self.unet, self.rates = unet, {}
 
     def prepare(self, step: int, train: bool) -> None:
         pass
@@ -297,11 +299,11 @@ class Trainer:
             train = self.weights is not None and self.weights.window.holds(step)
             self.learner.prepare(step, train)
             values = self.learner.step(self.task, self.task.batch(self.stage, step), step, train)
-            rates = (*(["train.lr"] if train else []), *(["mask.lr"] if self.stage == "mask" else []))
-            require_finite("loss", values["loss"], step, self.stage, *rates)
+            rate = {"train.lr": self.weights.spec.lr} if train else {}
+            require_finite("loss", values["loss"], step, self.stage, rate | self.learner.rates)
             if train:
                 values |= self.weights.update(step)
-                require_finite("gradient norm", values["grad_norm"], step, self.stage, "train.lr")
+                require_finite("gradient norm", values["grad_norm"], step, self.stage, rate)
             self.done = step + 1
             yield Step(self.stage, self.done, self.steps, values)
 

@@ -266,7 +266,7 @@ def test_a_diverging_run_fails_in_plain_words_and_keeps_its_folder(tmp_path, mic
     assert pipeline.execute(run) == "failed"
     state = run.state()
     assert "the loss became nan at step 1 of mask" in state.error and "\n" not in state.error
-    assert state.remedy == {"mask.lr": float(f"{run.recipe().mask.lr / 3:.2g}")}
+    assert state.remedy.keys() == {"mask.lr"} and 0 < state.remedy["mask.lr"] < 1
     assert "Traceback" in run.log_path.read_text() and run.variants() == ["dense", "structured"]
 
 
