@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PRUNEDM_RUNS := $(abspath $(RUNS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab demo test lint bench screenshots browser clean
+.PHONY: lab demo test nightly lint bench screenshots browser clean
 
 lab: .venv/.user
 	@echo "PruneDM Lab: http://127.0.0.1:$(PORT)   (Ctrl-C ends it; runs are kept in $(PRUNEDM_RUNS))"
@@ -20,6 +20,10 @@ demo: .venv/.user
 test: .venv/.dev browser
 	@# One torch thread a process: two processes with two threads each on two cores would wait for one another.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Every test, the slow ones too, of which `make test` runs a fifth each day.
+nightly: export PRUNEDM_SLOW := all
+nightly: test
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -175,7 +175,7 @@ class Pipeline:
         weights = Weights(masked.trainable(), self.recipe.train, window) if spec.train_weights else None
         steps = 0 if spec.method in FIXED_METHODS and weights is None else spec.steps
         if not self.run.has_checkpoint("mask"):
-            self.run.forget_after("mask", 0)
+            self.run.forget_after("mask", -1)
             stage.snapshot(0)
             self._draw("mask", 0, masked.unet)
         yield from self._train("mask", steps, task, learner, weights, stage)

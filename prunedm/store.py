@@ -242,11 +242,11 @@ class Run:
         return read_jsonl(self.folder / "events.jsonl")
 
     def forget_after(self, stage: str, step: int) -> None:
-        """Drop what a killed process recorded of ``stage`` beyond its checkpoint at ``step``."""
+        """Drop what a killed process recorded of ``stage`` beyond its checkpoint at ``step`` (-1: of every step)."""
         for name in ("metrics.jsonl", "events.jsonl", MASK_LAYERS):
             path = self.folder / name
             records = read_jsonl(path)
-            kept = [r for r in records if r.get("stage") != stage or r.get("step", 0) <= step]
+            kept = [r for r in records if r.get("stage") != stage or "step" not in r or r["step"] <= step]
             if path.exists():
                 write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
         for path in [*self.mask_snapshots(), *self.samples()]:

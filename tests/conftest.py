@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from pathlib import Path
 
@@ -14,6 +15,29 @@ from PIL import Image
 from prunedm import recipe as recipes
 from prunedm import unet as unets
 from prunedm.recipe import Recipe
+
+TURNS = 5
+
+
+def pytest_configure() -> None:
+    """Slow tests take turns, a fifth a day; PRUNEDM_SLOW=all (make nightly) runs every one, PRUNEDM_SLOW=none none.
+
+    The day is read once, for all worker processes.
+    """
+    os.environ.setdefault("PRUNEDM_SLOW", str(datetime.date.today().toordinal() % TURNS))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    turn = os.environ["PRUNEDM_SLOW"]
+    if turn == "all":
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    kept = set(slow[int(turn) :: TURNS]) if turn.isdecimal() else set()
+    left_out = [item for item in slow if item not in kept]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
 
 settings.register_profile("shared machines", deadline=None)  # a slow machine is no failure
 settings.load_profile("shared machines")
@@ -56,6 +80,20 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
     yield tmp_path
     lab._jobs.clear()
+
+
+@pytest.fixture
+def open_folds():
+    """Opens (or closes) "More settings" of sections of Launch, whose widgets are drawn only then."""
+
+    def change(app, *sections: str, is_open: bool = True):
+        for section in sections:
+            app.session_state[f"launch.fold.{section}"] = is_open
+        app.run()
+        assert not app.exception, app.exception
+        return app
+
+    return change
 
 
 @pytest.fixture
