@@ -21,7 +21,7 @@ test: .venv/.dev browser
 	@# One torch thread a process: two processes with two threads each on two cores would wait for one another.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# Every test, the slow ones too, of which `make test` runs a fifth each day.
+# Every test, the slow ones too, of which `make test` runs a tenth each day.
 nightly: export PRUNEDM_SLOW := all
 nightly: test
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import streamlit as st
 
 from app import lab
 from app.live_plot import live_plot
 from prunedm import charts
 from prunedm.records import STAGE_LABELS
+from prunedm.steps import Steps
 from prunedm.store import Run
 
 TRAINING = ("lr", "grad_norm")
@@ -36,37 +35,35 @@ def training(run: Run) -> None:
         persist_state="session",
     )
     is_log = log.toggle("Logarithmic loss", key="log_loss", persist_state="session")
-    records = lab.metrics(run)
-    if not records:
+    steps = lab.steps(run)
+    if not steps:
         st.caption("Waiting for the first training step…")
         return
-    minutes = running_minutes(run, records) if axis == TIME else None
-    figure = charts.curve(records, "loss", STAGE_LABELS, run.id, charts.Look(is_log, weight, minutes))
+    minutes = running_minutes(run, steps) if axis == TIME else None
+    figure = charts.curve(steps, "loss", STAGE_LABELS, run.id, charts.Look(is_log, weight, minutes))
     live_plot(figure, "curve-loss", f"Training loss over the {axis.lower()} of each stage")
-    pairs(run, records, TRAINING, charts.Look(False, weight, minutes))
+    pairs(run, steps, TRAINING, charts.Look(False, weight, minutes))
 
 
 def settling(run: Run) -> None:
     """How the masks settle: each figure of stage 2 over the steps."""
-    records = lab.metrics(run)
-    pairs(run, records, SETTLING, charts.Look())
-    if any("tracker.0" in r for r in records):
-        steps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
-        figure = charts.tracker_by_bin(records, steps, run.id)
+    steps = lab.steps(run)
+    pairs(run, steps, SETTLING, charts.Look())
+    if "tracker.0" in steps.names:
+        timesteps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
+        figure = charts.tracker_by_bin(steps, timesteps, run.id)
         live_plot(figure, "curve-tracker-bins", "Loss tracker of each timestep bin over the mask steps")
 
 
-def pairs(run: Run, records: list[dict[str, Any]], names: tuple[str, ...], look: charts.Look) -> None:
+def pairs(run: Run, steps: Steps, names: tuple[str, ...], look: charts.Look) -> None:
     """Two charts a row, of those figures that the run recorded."""
-    recorded = set().union(*records)
-    there = [name for name in names if name in recorded]
+    there = [name for name in names if name in steps.names]
     for left in range(0, len(there), 2):
         for column, name in zip(st.columns(2), there[left : left + 2]):
             with column:
-                figure = charts.curve(records, name, STAGE_LABELS, run.id, look)
+                figure = charts.curve(steps, name, STAGE_LABELS, run.id, look)
                 live_plot(figure, f"curve-{name}", f"{charts.LABELS[name]} over the steps")
 
 
-def running_minutes(run: Run, records: list[dict[str, Any]]) -> list[float]:
-    starts = [event["time"] for event in lab.events(run, "started")]
-    return charts.running_minutes([record["time"] for record in records], starts)
+def running_minutes(run: Run, steps: Steps) -> list[float]:
+    return charts.running_minutes(steps.times, [event["time"] for event in lab.events(run, "started")])

@@ -1,4 +1,4 @@
-"""Exports of a run's variants in the background: they outlive pages and tabs, and files say what is there."""
+"""Exports of models in the background: they outlive pages and tabs, and files say what is there."""
 
 from __future__ import annotations
 
@@ -8,15 +8,40 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app import lab
+from app import lab, model_files
+from prunedm import failure, imports
+from prunedm.imports import Imported
 from prunedm.jobs import load_engine
 from prunedm.store import Run
 
-READ_AS = "2:4"  # layers that claim no pattern are looked at under this one
+if TYPE_CHECKING:
+    from prunedm.export import Form
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: a run's variant or an imported model.
+
+    name: as ``prunedm export`` takes it. stem: what the names of its files begin with. model: its folder.
+    folder: where its exports go, which is the lab's own, wherever the model lies.
+    """
+
+    name: str
+    stem: str
+    model: Path
+    folder: Path
+
+
+def of_variant(run: Run, variant: str) -> Source:
+    return Source(f"{run.id}/{variant}", f"{run.id}-{variant}", run.variant(variant), run.exports)
+
+
+def of_imported(one: Imported) -> Source:
+    return Source(str(one.path), one.name, one.path, imports.exports_dir(lab.runs_dir(), one.name))
 
 
 @dataclass
@@ -24,17 +49,22 @@ class Task:
     """One export at work or ended: its file, and what came of it."""
 
     path: Path
-    future: Future
+    future: Future = field(default_factory=Future)
+    doing: str = "waiting for the one before it"
     began: float = field(default_factory=time.monotonic)
 
     @property
     def error(self) -> str:
-        """Why it failed, in words; empty while it runs and when it went well."""
-        return str(self.future.exception() or "") if self.future.done() else ""
+        """Why it failed, in one line; empty while it runs and when it went well."""
+        failed = self.future.exception() if self.future.done() else None
+        return failure.plain_words(failed) if failed else ""
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
+
+    def tell(self, doing: str) -> None:
+        self.doing = doing
 
 
 class Exports:
@@ -45,51 +75,54 @@ class Exports:
         self._lock = threading.Lock()
         self._tasks: dict[Path, Task] = {}
 
-    def start(self, run: Run, variant: str, kind: str, dtype: str | None, int8: str) -> Task:
+    def start(self, source: Source, kind: str, dtype: str | None, int8: str) -> Task:
         """Queue an export. ValueError in one line for a combination that is not there or a file that is."""
         load_engine()
-        from prunedm import export, semi_structured
+        from prunedm import export
 
-        dtype = export.check_choices(kind, dtype, int8)
-        if kind == "semi-structured":
-            semi_structured.require_cuda()
-        path = run.exports / file_name(run.id, variant, kind, dtype, int8)
+        form = export.form(kind, dtype, int8)
+        model_files.look(source.model)
+        path = source.folder / file_name(source.stem, *form)
         with self._lock:
             busy = path in self._tasks and not self._tasks[path].future.done()
-            if busy or path in finished(run):
+            if busy or path in finished(source.folder):
                 raise ValueError(f"{path.name} is already there; delete it first")
             delete(path)  # what a server that was killed left half done
-            task = Task(path, self._pool.submit(_work, run, variant, kind, dtype, int8, path))
-            self._tasks[path] = task
+            task = self._tasks[path] = Task(path)
+            task.future = self._pool.submit(_work, task, source, form, lab.runs_dir())
         return task
 
-    def of(self, run: Run) -> list[Task]:
-        """This run's exports at work, and those that failed since the server began."""
+    def of(self, folder: Path) -> list[Task]:
+        """The exports into this folder that are at work, and those that failed since the server began."""
         with self._lock:
-            return [t for p, t in self._tasks.items() if p.parent == run.exports and (not t.future.done() or t.error)]
+            return [t for p, t in self._tasks.items() if p.parent == folder and (not t.future.done() or t.error)]
+
+    def busy(self, folder: Path) -> bool:
+        return any(not task.future.done() for task in self.of(folder))
 
 
-def _work(run: Run, variant: str, kind: str, dtype: str, int8: str, path: Path) -> dict[str, Any]:
-    from prunedm import export, subject, verify
+def _work(task: Task, source: Source, form: Form, runs_dir: Path) -> dict[str, Any]:
+    from prunedm import export, verify
 
-    source = subject.find(run.id, variant, run.folder.parent, verify.parse(READ_AS))
-    record = export.write(source, kind, path, dtype, int8)
+    read_as, path = verify.parse(model_files.READ_AS), task.path
+    record, _ = export.make(source.name, None, runs_dir, form, path, read_as, task.tell)
     if path.is_dir():
+        task.tell("making a zip of it")
         part = shutil.make_archive(str(path.with_name(f".{path.name}.part")), "zip", path.parent, path.name)
         Path(part).replace(archive(path))
     return record
 
 
-def file_name(run_id: str, variant: str, kind: str, dtype: str, int8: str) -> str:
+def file_name(stem: str, kind: str, dtype: str, int8: str) -> str:
     """``demo-1-nm-packed-fp16.safetensors``: one name for each choice."""
     ending = {"packed": ".safetensors", "onnx": ".onnx", "tensorrt": ".onnx"}.get(kind, "")
     form = dtype if int8 == "none" else f"int8-{int8}"
-    return f"{run_id}-{variant}-{kind}-{form}{ending}"
+    return f"{stem}-{kind}-{form}{ending}"
 
 
-def finished(run: Run) -> list[Path]:
+def finished(folder: Path) -> list[Path]:
     """What lies ready. What is written last tells: a folder's archive, the record or script of an ONNX file."""
-    found = sorted(run.exports.iterdir()) if run.exports.is_dir() else []
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in found if not path.name.startswith(".") and _complete(path)]
 
 
@@ -97,8 +130,14 @@ def _complete(path: Path) -> bool:
     if path.is_dir():
         return archive(path).is_file()
     if path.suffix == ".onnx":
-        return path.with_suffix(".sh" if "-tensorrt-" in path.name else ".json").is_file()
+        return path.with_suffix(".sh" if path.stem.endswith("-tensorrt-fp32") else ".json").is_file()
     return path.suffix == ".safetensors"
+
+
+def outdated(path: Path, source: Source) -> bool:
+    """Whether the model's weights were written after this export of it."""
+    weights = [*source.model.glob("*.safetensors"), *(source.model / "unet").glob("*.safetensors")]
+    return any(file.stat().st_mtime > archive(path).stat().st_mtime for file in weights)
 
 
 def archive(path: Path) -> Path:
@@ -135,17 +174,3 @@ def choices() -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     from prunedm import export
 
     return export.CHOICES
-
-
-def inspect(path: Path) -> dict[str, Any]:
-    """What ``prunedm verify`` finds on disk."""
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    return _inspect(str(path), tuple(lab.stamp(p) for p in files if p.is_file()))
-
-
-@st.cache_data(show_spinner="Reading the layers…", max_entries=32)
-def _inspect(path: str, stamps: tuple) -> dict[str, Any]:
-    load_engine()
-    from prunedm import verify
-
-    return verify.inspect(Path(path), verify.parse(READ_AS))

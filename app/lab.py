@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from prunedm import store
 from prunedm.jobs import Jobs, load_engine
 from prunedm.recipe import Recipe
 from prunedm.records import ACTIVE, RunState
-from prunedm.store import Run
+from prunedm.steps import Columns, Steps
+from prunedm.store import Lines, Run, Tail
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,12 +56,47 @@ class Card:
         return self.status in ACTIVE
 
 
+class Kept:
+    """What was read of one run, each for as long as its file looks the same. 200 runs through Streamlit's own cache
+    would cost half a second a rerun. Treat what it gives as read-only: all tabs share it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: dict[str, tuple[Any, Any]] = {}
+
+    def get(self, file: str, read: Callable[[], Any], what: str = "", more: Any = None) -> Any:
+        """The value that ``read`` gives, read anew when the file's stamp or ``more`` has changed."""
+        stamp_, what = (stamp(self.folder / file), more), what or file
+        known = self._found.get(what)
+        if known is None or known[0] != stamp_:
+            known = self._found[what] = (stamp_, read())
+        return known[1]
+
+
+_KEPT: dict[Path, Kept] = {}
+
+
+def kept(run: Run) -> Kept:
+    """What was read of this run, shared by all tabs."""
+    return _KEPT.get(run.folder) or _KEPT.setdefault(run.folder, Kept(run.folder))
+
+
+def all_runs() -> list[Run]:
+    """All runs, newest first; what was read of those that are gone is forgotten."""
+    found = store.all_runs(runs_dir())
+    there = {run.folder for run in found}
+    for gone in [folder for folder in list(_KEPT) if folder not in there]:
+        _KEPT.pop(gone, None)
+    return found
+
+
 def card(run: Run) -> Card:
     """A run's recipe, state and figures; a broken folder is a card that says so."""
+    known = kept(run)
     try:
-        folder = str(run.folder)
-        recipe = _recipe(folder, stamp(run.folder / "recipe.yaml"))
-        results = _results(folder, stamp(run.folder / "evaluation.json"))
+        run.require_own_files()
+        recipe = known.get("recipe.yaml", run.recipe)
+        results = known.get("evaluation.json", run.evaluation)
         return Card(run, recipe, run.state(), results)
     except (ValueError, OSError) as error:
         return Card(run, problem=str(error))
@@ -69,17 +104,7 @@ def card(run: Run) -> Card:
 
 def cards() -> list[Card]:
     """All runs, newest first."""
-    return [card(run) for run in store.all_runs(runs_dir())]
-
-
-@st.cache_data(show_spinner=False, max_entries=512)
-def _recipe(folder: str, stamp: tuple[int, ...]) -> Recipe:
-    return Run(Path(folder)).recipe()
-
-
-@st.cache_data(show_spinner=False, max_entries=512)
-def _results(folder: str, stamp: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    return Run(Path(folder)).evaluation()
+    return [card(run) for run in all_runs()]
 
 
 def stamp(path: Path) -> tuple[int, ...]:
@@ -91,42 +116,24 @@ def stamp(path: Path) -> tuple[int, ...]:
     return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
-@dataclass
-class _Tail:
-    """A growing file of JSON lines, of which only what is new is parsed."""
-
-    inode: int = 0
-    offset: int = 0
-    records: list[dict[str, Any]] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+@st.cache_resource(show_spinner=False, max_entries=96)
+def _lines(path: Path) -> Tail[list[dict[str, Any]]]:
+    return Tail(path, Lines)
 
 
 @st.cache_resource(show_spinner=False, max_entries=48)
-def _tail(path: str) -> _Tail:
-    return _Tail()
+def _steps(path: Path) -> Tail[Steps]:
+    return Tail(path, Columns)
 
 
 def lines(run: Run, name: str) -> list[dict[str, Any]]:
-    """The records of one growing file of the run so far. Treat as read-only: all tabs share the list."""
-    path = run.folder / name
-    tail = _tail(str(path))
-    if not path.exists():
-        return []
-    with tail.lock, path.open("rb") as file:
-        stat = os.fstat(file.fileno())
-        if stat.st_ino != tail.inode or stat.st_size < tail.offset:  # rewritten by a resume
-            tail.inode, tail.offset, tail.records = stat.st_ino, 0, []
-        file.seek(tail.offset)
-        whole, newline, _ = file.read().rpartition(b"\n")
-        tail.offset += len(whole) + len(newline)
-        new = [json.loads(line) for line in whole.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
-        tail.records = [*tail.records, *new]
-        return tail.records
+    """The records of one growing file of the run so far. Treat them as read-only: all tabs share them."""
+    return _lines(run.folder / name).read()
 
 
-def metrics(run: Run) -> list[dict[str, Any]]:
-    """The run's step records."""
-    return lines(run, "metrics.jsonl")
+def steps(run: Run) -> Steps:
+    """The run's step records so far."""
+    return _steps(run.metrics_path).read()
 
 
 def events(run: Run, kind: str) -> list[dict[str, Any]]:

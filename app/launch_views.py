@@ -197,7 +197,7 @@ def change(now: float, before: float) -> str:
 
 def boxes(rows: list[tuple]) -> None:
     for column, (label, value, delta, why) in zip(st.columns(len(rows)), rows):
-        column.metric(label, value, delta, "inverse", border=True, help=why)
+        column.metric(label, value, delta, "inverse", border=True, height="stretch", help=why)
 
 
 # --- time --------------------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def _row(recipe: Recipe, layer: dict[str, Any]) -> dict[str, Any]:
 
 
 # --- the queue ---------------------------------------------------------------------------------------
-def queue() -> None:
+def queue(cards: list[lab.Card]) -> None:
     """Runs that wait or run, with their places; polled only while there are some."""
-    if not any(card.active for card in lab.cards()):
+    if not any(card.active for card in cards):
         return
     st.subheader("Queue")
 

@@ -49,7 +49,7 @@ const remember = (node, layout) => {
 const draw = async (node, data, layout) => {
   const Plotly = await ready();
   recall(layout);
-  await Plotly.react(node, data, layout, { responsive: true, displaylogo: false });
+  await Plotly.react(node, data, layout, { responsive: true, displaylogo: false, showSendToCloud: false });
   remember(node, layout);
   node.dataset.updates = 1 + Number(node.dataset.updates || 0);
 };
@@ -60,7 +60,7 @@ JS = (
 export default async function ({ data, parentElement }) {
   const node = parentElement.querySelector(".live-plot");
   const figure = JSON.parse(data.figure);
-  node.setAttribute("role", "img");
+  node.setAttribute("role", "figure");
   node.setAttribute("aria-label", data.alt);
   node.style.minHeight = (figure.layout.height || 320) + "px";
   node.draw = () => draw(node, figure.data, figure.layout);

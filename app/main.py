@@ -11,10 +11,6 @@ import streamlit as st  # noqa: E402
 
 from app import parts  # noqa: E402
 
-st.set_page_config(page_title="PruneDM Lab", page_icon=str(ROOT / "assets" / "logo.png"), layout="wide")
-st.logo(str(ROOT / "assets" / "logo.png"), size="large")
-parts.page_style()
-
 PAGES = {
     "Lab": [
         st.Page(ROOT / "pages" / "home.py", title="Home", url_path="home", default=True),
@@ -29,4 +25,9 @@ PAGES = {
         st.Page(ROOT / "pages" / "system.py", title="System", url_path="system"),
     ],
 }
-st.navigation(PAGES).run()
+LOGO = str(ROOT / "assets" / "logo.png")
+page = st.navigation(PAGES)
+st.set_page_config(page_title=f"{page.title} · PruneDM Lab", page_icon=LOGO, layout="wide")
+st.logo(LOGO, size="large")
+parts.page_style()
+page.run()

@@ -18,7 +18,7 @@ from prunedm import charts
 
 HTML = """
 <div class="mask-player">
-  <div class="picture" role="img"></div>
+  <div class="picture" role="figure"></div>
   <div class="controls">
     <button type="button" class="play">▶ Play</button>
     <input type="range" min="0" step="1" aria-label="Snapshot">

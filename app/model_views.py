@@ -1,15 +1,12 @@
-"""Imported models on the Models page: taken in, looked at, deleted."""
+"""Imported models on the Models page: taken in, chosen, deleted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import streamlit as st
 
-from app import lab, parts
+from app import exports, lab, model_files, parts
 from app.run_table import size_words
-from prunedm import imports
+from prunedm import import_zip, imports
 from prunedm.imports import Imported
 from prunedm.jobs import load_engine
 
@@ -17,61 +14,75 @@ PICKED, FILE, NAME, PATH = "models.imported", "models.zip", "models.name", "mode
 NOTE, NEW = "models.note", "models.new"  # said, and shown, once
 
 
-def imported(layers: Callable[[Path], None]) -> None:
-    """The imported models, and how to bring one in. ``layers`` shows a model on disk."""
-    st.header("Imported models")
-    said = st.session_state.pop(NOTE, None)
-    if said:
-        st.success(parts.plain(said))
-    with parts.said():
-        known = {one.name: one for one in imports.listing(lab.runs_dir())}
-        if known:
-            look(known, layers)
-        else:
-            st.caption("None yet. Bring in a diffusers model of your own below; Launch then offers it as the source.")
-    bring_in()
+def asked_for() -> bool:
+    """Whether an imported model is to be shown: one that was just brought in, or that the address asks for anew."""
+    wanted = st.query_params.get("imported", "")
+    return NEW in st.session_state or bool(wanted and wanted != st.session_state.get(f"{PICKED}.url"))
 
 
-def look(known: dict[str, Imported], layers: Callable[[Path], None]) -> None:
-    """One imported model: where it lies, its figures and layers."""
-    new = st.session_state.pop(NEW, None)
+def leave_address() -> None:
+    """The address names no imported model any more; a link to the last one asks for it anew."""
+    st.query_params.pop("imported", None)
+    st.session_state.pop(f"{PICKED}.url", None)
+
+
+def choose(known: dict[str, Imported]) -> Imported | None:
+    """The imported model to look at, in step with ``?imported=``; None where there is none, or its folder is gone."""
+    new, asked = st.session_state.pop(NEW, None), st.query_params.get("imported", "")
     if new in known:
         st.session_state[PICKED] = new
-    elif st.session_state.get(PICKED) not in known:
+    elif asked and asked != st.session_state.get(f"{PICKED}.url"):
+        if asked in known:
+            st.session_state[PICKED] = asked
+        else:
+            st.warning(f"There is no imported model {parts.plain(asked[:80])} here: it may have been deleted.")
+    if not known:
+        st.caption("None yet. Bring in a diffusers model of your own below; Launch and Compare then offer it.")
+        return None
+    if st.session_state.get(PICKED) not in known:
         st.session_state[PICKED] = next(iter(known))
     picker, remove = st.columns([5, 1], vertical_alignment="bottom")
     one = known[picker.selectbox("Imported model", list(known), key=PICKED)]
+    parts.write_url("imported", PICKED, one.name)
     with remove.popover("Delete", width="stretch"):
-        name = parts.plain(one.name)
-        st.write(f"Delete {name} and its files?" if one.is_copy else f"Take {name} off the list? The folder stays.")
-        if st.button("Delete this model", type="primary"):
-            with parts.said():
-                imports.delete(lab.runs_dir(), one.name)
-                st.session_state[NOTE] = f"{one.name} is deleted."
-                st.rerun()
+        delete(one)
+    return one if facts(one) else None
+
+
+def delete(one: Imported) -> None:
+    """Ask first: the copy, or the folder's place on the list, and what was exported of it."""
+    name, made = parts.plain(one.name), len(exports.finished(exports.of_imported(one).folder))
+    also = {0: "", 1: " Its export is deleted."}.get(made, f" Its {made} exports are deleted.")
+    what = f"Delete {name} and its files?" if one.is_copy else f"Take {name} off the list? The folder stays."
+    st.write(what + also)
+    if st.button("Delete this model", type="primary"):
+        with parts.said():
+            if exports.exports().busy(exports.of_imported(one).folder):
+                raise ValueError(f"an export of {one.name} is at work; wait for its end")
+            imports.delete(lab.runs_dir(), one.name)
+            st.session_state[NOTE] = f"{one.name} is deleted."
+            st.rerun()
+
+
+def facts(one: Imported) -> bool:
+    """Parameters, images, size and place in one line; False where the model cannot be read, which is said."""
     if not one.path.is_dir():
         st.error(parts.plain(f"{one.path} is gone; put it back, or take it off the list"))
-        return
-    shape = facts(str(one.path), lab.stamp(unet_config(one.path)))
-    size = sum(file.stat().st_size for file in one.path.rglob("*.safetensors"))
-    count, height, width = shape["shape"]
-    sides = f"{width}x{height}, {'grey' if count == 1 else f'{count} channels'}"
-    st.caption(parts.plain(f"{shape['parameters']:,} parameters · images {sides} · {size_words(size)} · in {one.path}"))
-    layers(one.path)
+        return False
+    with parts.said():
+        seen = model_files.look(one.path)
+        images = model_files.sides(seen.shape)
+        text = f"{seen.parameters:,} parameters · images {images} · {size_words(seen.bytes)} · in {one.path}"
+        st.caption(parts.plain(text))
+        return True
+    return False
 
 
-def unet_config(path: Path) -> Path:
-    return (path / "unet" if (path / "unet").is_dir() else path) / "config.json"
-
-
-@st.cache_data(show_spinner="Reading the model…", max_entries=32)
-def facts(path: str, stamp: tuple) -> dict:
-    """Image shape and parameters of a model folder."""
-    load_engine()
-    from prunedm import unet
-
-    model = unet.load(path)
-    return {"shape": model.image_shape, "parameters": unet.parameters(model.unet)}
+def said_before() -> None:
+    """What the last action came to."""
+    said = st.session_state.pop(NOTE, None)
+    if said:
+        st.success(parts.plain(said))
 
 
 def bring_in() -> None:
@@ -89,7 +100,7 @@ def bring_in() -> None:
 
 
 def from_zip() -> None:
-    most = imports.LARGEST_ZIP // imports.MIB
+    most = import_zip.LARGEST_ZIP // imports.MIB
     given = st.file_uploader(f"Zip of the model folder, at most {most} MiB", "zip", key=FILE, max_upload_size=most)
     name = st.text_input("Name", key=NAME, placeholder="the file's own name", help="what lists call the model")
     if st.button("Import the zip", disabled=given is None):
@@ -97,7 +108,7 @@ def from_zip() -> None:
             load_engine()
             place = lab.runs_dir()
             into = imports.target(place, name.strip() or imports.suggest(place, given.name.removesuffix(".zip")))
-            finish(imports.from_zip(given, into).name)
+            finish(import_zip.from_zip(given, into).name)
 
 
 def from_path() -> None:
@@ -110,6 +121,6 @@ def from_path() -> None:
 
 def finish(name: str) -> None:
     """Show the new model and say so."""
-    st.session_state[NOTE] = f"{name} is imported: Launch offers it as the source of a run."
+    st.session_state[NOTE] = f"{name} is imported: Launch offers it as the source of a run, Compare to compare it."
     st.session_state[NEW] = name
     st.rerun()

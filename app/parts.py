@@ -31,8 +31,8 @@ LOG_TAIL = 20_000  # bytes
 
 
 def page_style() -> None:
-    """Small images are the model's own pixels: enlarge them without smoothing."""
-    st.html("<style>[data-testid='stImage'] img{image-rendering:pixelated}</style>")
+    """The look of all pages."""
+    st.html(lab.ROOT / "app" / "style.css")
 
 
 def plain(text: object) -> str:
@@ -100,13 +100,6 @@ def empty(text: str, page: str, label: str) -> None:
     st.page_link(lab.ROOT / "pages" / f"{page}.py", label=label)
 
 
-def failure(card: lab.Card) -> None:
-    """Cause in plain words, what to do, and the log folded."""
-    st.error(f"**Why it failed:** {plain(card.state.error)}")
-    with st.expander("Log with the traceback"):
-        log(card.run)
-
-
 def log(run) -> None:
     """The end of a run's log."""
     if not run.log_path.exists():
@@ -114,7 +107,7 @@ def log(run) -> None:
         return
     with run.log_path.open("rb") as file:
         file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
-        st.code(file.read().decode("utf-8", "replace"), language=None)
+        st.code(file.read().decode("utf-8", "replace"), language=None, wrap_lines=True)
 
 
 def follow_url(parameter: str, key: str, options: list[str], several: bool = False) -> None:

@@ -6,8 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pandas as pd
 import streamlit as st
 
 from app import lab, parts
-from prunedm import comparison, shelf, store
+from prunedm import comparison, shelf
 from prunedm.comparison import Judged
 from prunedm.records import VARIANT_LABELS, VARIANTS
 from prunedm.shelf import Lineage, Link, Notes
@@ -64,41 +63,14 @@ class Row:
 
 
 # --- reading -----------------------------------------------------------------------------------
-class Kept:
-    """What was read of one run, each for as long as its file looks the same. 200 runs through Streamlit's own cache
-    would cost half a second a rerun."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._found: dict[str, tuple[Any, Any]] = {}
-
-    def get(self, file: str, read: Callable[[], Any], what: str = "", more: Any = None) -> Any:
-        """The value that ``read`` gives, read anew when the file's stamp or ``more`` has changed."""
-        stamp, what = (lab.stamp(self.folder / file), more), what or file
-        known = self._found.get(what)
-        if known is None or known[0] != stamp:
-            known = self._found[what] = (stamp, read())
-        return known[1]
-
-
-@st.cache_resource(show_spinner=False)
-def _all_kept() -> dict[Path, Kept]:
-    return {}
-
-
 def rows() -> list[Row]:
     """All runs, newest first."""
-    found = store.all_runs(lab.runs_dir())
-    kept, there = _all_kept(), {run.folder for run in found}
-    for gone in [folder for folder in list(kept) if folder not in there]:
-        kept.pop(gone, None)
-    return [row(run) for run in found]
+    return [row(run) for run in lab.all_runs()]
 
 
 def row(run: Run) -> Row:
     """One run; what is broken in it is told in the row and breaks no other."""
-    kept = _all_kept().setdefault(run.folder, Kept(run.folder))
-    found = Row(_card(run, kept))
+    kept, found = lab.kept(run), Row(lab.card(run))
     try:
         found.notes = kept.get(shelf.NOTES, lambda: shelf.read_notes(run))
     except (ValueError, OSError) as error:
@@ -109,28 +81,12 @@ def row(run: Run) -> Row:
     except (TypeError, ValueError, AttributeError, ArithmeticError):
         found.card.problem = f"{run.folder}/evaluation.json is damaged; delete it and resume the run to evaluate again"
     try:
-        found.loss = kept.get("metrics.jsonl", lambda: loss_curve(run.folder / "metrics.jsonl"))
+        found.loss = kept.get("metrics.jsonl", lambda: loss_curve(run.metrics_path))
         age = int(time.monotonic() / SIZES_FOR)  # what changes deep in the folder is seen after a while
         found.disk = kept.get("state.json", lambda: shelf.disk_use(run), "disk", age)
     except OSError as error:
         found.card.problem = found.card.problem or str(error)
     return found
-
-
-def _card(run: Run, kept: Kept) -> lab.Card:
-    """``lab.card`` without its costs where recipe and figures are known."""
-    try:
-        card = kept.get("recipe.yaml", lambda: _readable(run), "card", lab.stamp(run.folder / "evaluation.json"))
-        return replace(card, run=run, state=run.state())
-    except (ValueError, OSError) as error:
-        return lab.Card(run, problem=str(error))
-
-
-def _readable(run: Run) -> lab.Card:
-    card = lab.card(run)
-    if card.problem:
-        raise ValueError(card.problem)
-    return card
 
 
 @st.cache_data(show_spinner=False, max_entries=2048)

@@ -334,7 +334,7 @@ def importances(seen: Seen) -> None:
 def settings(spec: Sweep) -> None:
     """The sweep as a file, and as a command."""
     text, file = spec.to_yaml(), f"{spec.name}.yaml"
-    st.code(text, language="yaml", height=320)
+    st.code(text, language="yaml", wrap_lines=True)
     st.download_button("Download the sweep (YAML)", text, file, "application/yaml", on_click="ignore")
     command = shlex.join([".venv/bin/python", "-m", "prunedm", "sweep", file, "--runs-dir", str(lab.runs_dir())])
     st.markdown("The same on the command line, with the file above; on more machines add `--worker` and `--storage`:")
@@ -386,4 +386,4 @@ def account(seen: Seen) -> None:
     """What the worker of this server said, folded."""
     if seen.lines:
         with st.expander("What happened"):
-            st.code("\n".join(seen.lines), language=None, wrap_lines=True, height=240)
+            st.code("\n".join(seen.lines), language=None, wrap_lines=True)

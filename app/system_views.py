@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -284,6 +285,7 @@ def bytes_in_words(count: float) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
+@functools.cache  # looking all of them up takes 60 ms
 def licence(package: str) -> str | None:
     """What an installed package's metadata says of its licence; None when it is not installed."""
     try:

@@ -1,95 +1,399 @@
-"""The lab's answers while a job trains: first page, reruns on the server, and what an open tab costs.
+"""The lab's answers and what they cost: one line a figure, with its target and whether it is met.
 
-    .venv/bin/python benchmarks/app.py
+    .venv/bin/python benchmarks/app.py                      everything, about half an hour
+    .venv/bin/python benchmarks/app.py reruns tabs          some of it
 
-First page: a fresh server and a cold browser. Reruns: each page's whole script through Streamlit's
-AppTest beside a training job in the same process. Open tab: the training rate of the demo with
-Monitor open in chromium, as a ratio to the same demo with the tab closed.
+first-page   a fresh server and a cold browser
+reruns       each page's whole script on the server, beside a job that trains in the same process
+tabs         the rate of training with 0, 1 and 5 open Monitor tabs, against `prunedm run` without a server
+many-runs    the Runs page of a folder with 200 runs
+long-run     the Monitor of a run with 100,000 recorded steps
+memory       what the server keeps of 1,000 live updates
+
+Every timing disturbs every other: run it on an idle machine. What is compared is measured in turns.
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
+import multiprocessing
 import os
-import re
+import shutil
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import browser  # noqa: E402
+import fake_runs  # noqa: E402
 
 from prunedm import recipe as recipes  # noqa: E402
 from prunedm import store  # noqa: E402
-from prunedm.jobs import Jobs  # noqa: E402
+from prunedm.jobs import load_engine  # noqa: E402
+from prunedm.recipe import Recipe  # noqa: E402
+from prunedm.shelf import Notes  # noqa: E402
+from prunedm.store import Run  # noqa: E402
 
-RERUNS, WINDOW = 12, 15.0
+PAGES = ("home", "launch", "sweep", "monitor", "runs", "compare", "models", "system")
+TURNS, RERUNS = 3, 12  # visits of each page, and reruns at each
+TABS, ROUNDS, SETTLE, WINDOW = (0, 1, 5), 4, 4.0, 12.0  # seconds before a window counts, and of it
+RUNS, STEPS, OPENINGS = 200, 100_000, 5
+UPDATES, OPEN = 1000, 5  # of live charts in all, over so many tabs
+ENDLESS = "prune.finetune_steps=100000"
+CHART = "[aria-label*='Training loss']"
 
 
-def first_page() -> float:
-    runs = Path(tempfile.mkdtemp())
+def tell(what: str, found: float, unit: str, limit: float | None = None, least: bool = False, more: str = "") -> None:
+    """One line: what was found, the target, and whether it is met."""
+    target, verdict = "", ""
+    if limit is not None:
+        target = f"; target {'at least' if least else 'under'} {limit:g} {unit}".rstrip()
+        verdict = ": met" if (found >= limit if least else found < limit) else ": MISSED"
+    print(f"{what}: {found:.3g} {unit}".rstrip() + (f" ({more})" if more else "") + target + verdict, flush=True)
+
+
+def folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="prunedm-bench-"))
+
+
+@functools.cache
+def small_run() -> Path:
+    """The folder of a finished run of a few steps, with all that a run leaves; BENCH_RUN names one that is there."""
+    if given := os.environ.get("BENCH_RUN"):
+        return Path(given)
+    runs = folder()
+    changes = ("prune.finetune_steps=4", "mask.steps=12", "mask.recover_steps=4", "mask.snapshot_every=1")
+    sets = [word for assignment in changes for word in ("--set", assignment)]
+    command = [sys.executable, "-m", "prunedm", "run", "--preset", "smoke", "--runs-dir", str(runs), *sets]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return store.all_runs(runs)[0].folder
+
+
+def take_small_run(runs: Path) -> Run:
+    return Run(Path(shutil.copytree(small_run(), runs / small_run().name)))
+
+
+# --- the first page ------------------------------------------------------------------------------
+def first_page() -> None:
+    runs = folder()
     with browser.server(runs, runs / "server.log") as url, browser.chromium() as page:
         start = time.perf_counter()
         page.goto(url)
         page.get_by_role("button", name="Run the demo").wait_for()
-        return time.perf_counter() - start
+        tell("first page of a fresh server in a cold browser", time.perf_counter() - start, "s")
 
 
-def reruns() -> dict[str, list[float]]:
-    """Seconds of each page's script while a job trains."""
+# --- pages on the server ---------------------------------------------------------------------------
+def app_test():
+    """The lab in this process, set as its configuration file says, which AppTest does not read."""
+    from streamlit import config
     from streamlit.testing.v1 import AppTest
 
-    runs = Path(tempfile.mkdtemp())
+    config.set_option("runner.postScriptGC", False)
+    config.set_option("runner.magicEnabled", False)
+    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=120)
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def reruns() -> None:
+    """Each page's script while a job trains; the folder holds finished runs too."""
+    runs = folder()
+    take_small_run(runs)
+    for i in range(12):
+        fake_runs.fake(runs, f"r{i}", notes=Notes((f"t{i % 5}",), f"note {i}"))
     os.environ["PRUNEDM_RUNS"] = str(runs)
-    jobs = Jobs(runs)
-    run = jobs.submit(recipes.resolve(preset_name="smoke", assignments=["prune.finetune_steps=5000"]))
+    from app import lab
+
+    run = lab.jobs().submit(recipes.resolve(preset_name="smoke", assignments=[ENDLESS]))
     while not run.metrics():
         time.sleep(0.2)
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
-    found: dict[str, list[float]] = {}
-    for page in ("home", "launch", "monitor", "runs", "compare"):
-        if page != "home":
+    app = app_test().run()
+    found: dict[str, list[float]] = {page: [] for page in PAGES}
+    for _ in range(TURNS):
+        for page in PAGES:
             app.switch_page(f"../pages/{page}.py").run()
-        found[page] = []
-        for _ in range(RERUNS):
-            start = time.perf_counter()
-            app.run()
-            found[page].append(time.perf_counter() - start)
-    jobs.stop(run)
+            found[page] += [timed(app.run) for _ in range(RERUNS)]
+            if app.exception:
+                raise RuntimeError(f"{page}: {app.exception[0].value}")
+    lab.jobs().stop(run)
     while run.state().status in ("running", "stopping"):
         time.sleep(0.2)
+    for page, seconds in found.items():
+        p95 = sorted(seconds)[int(0.95 * (len(seconds) - 1))] * 1000
+        more = f"median {statistics.median(seconds) * 1000:.0f} ms of {len(seconds)}"
+        tell(f"rerun of {page} beside a training job, p95", p95, "ms", 150, more=more)
+
+
+def openings(page: str, runs: Path) -> list[float]:
+    """Seconds of a page's first drawing in this process and of those after it."""
+    os.environ["PRUNEDM_RUNS"] = str(folder())
+    app = app_test().run()
+    load_engine()  # a server does so on its own, in its first seconds
+    os.environ["PRUNEDM_RUNS"] = str(runs)
+    found = [timed(lambda: app.switch_page(f"../pages/{page}.py").run())]
+    found += [timed(app.run) for _ in range(OPENINGS - 1)]
+    if app.exception:
+        raise RuntimeError(f"{page}: {app.exception[0].value}")
     return found
 
 
-def rate(tab_open: bool) -> float:
-    """Steps a second of the demo's fine-tuning."""
-    runs = Path(tempfile.mkdtemp())
+def opened(what: str, page: str, runs: Path, mark: str) -> None:
+    """A page of a folder of runs, cold and warm: its script alone, and in chromium from the click to the sight."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        cold, *warm = fresh.submit(openings, page, runs).result()
+    tell(f"{what}, script, cold", cold, "s", 1)
+    tell(f"{what}, script, warm", statistics.median(warm), "s", 1)
+    with browser.server(runs, folder() / "server.log") as url, browser.chromium() as tab:
+        tab.goto(f"{url}/system")
+        browser.settle(tab, 60)
+        tab.wait_for_timeout(8000)  # the engine is loaded in the background
+        cold, *warm = [seen(tab, page, mark) for _ in range(OPENINGS)]
+        tell(f"{what}, in chromium, cold", cold, "s", 1)
+        tell(f"{what}, in chromium, warm", statistics.median(warm), "s", 1)
+
+
+def seen(tab, page: str, mark: str) -> float:
+    """Seconds from the click on a page's name to the sight of what it is opened for."""
+    start = time.perf_counter()
+    tab.get_by_test_id("stSidebarNav").get_by_role("link", name=page.capitalize(), exact=True).click()
+    tab.locator(mark).first.wait_for(state="attached", timeout=60_000)
+    seconds = time.perf_counter() - start
+    browser.settle(tab, 60)
+    tab.get_by_test_id("stSidebarNav").get_by_role("link", name="System", exact=True).click()
+    tab.get_by_role("heading", name="System", exact=True).wait_for()
+    browser.settle(tab, 60)
+    return seconds
+
+
+def many_runs() -> None:
+    runs = folder()
+    steps = {stage: 3 * count for stage, count in fake_runs.STEPS.items()}
+    for i in range(RUNS):
+        run = fake_runs.fake(runs, f"r{i}", notes=Notes((f"t{i % 5}",), f"note {i}"), steps=steps)
+        for kind in ("masks", "samples"):
+            (run.folder / kind).mkdir()
+            for j in range(20):
+                (run.folder / kind / f"mask-{j:07}.bin").write_bytes(b"x" * 2000)
+    opened(f"Runs of {RUNS} runs", "runs", runs, "[data-testid=stDataFrame] canvas")
+
+
+def long_run() -> None:
+    runs = folder()
+    lengthen(take_small_run(runs), STEPS)
+    opened(f"Monitor of {STEPS:,} steps", "monitor", runs, f"{CHART} .scatterlayer path")
+
+
+def lengthen(run: Run, steps: int) -> None:
+    """Give a run as many step records, in the shapes that its stages write."""
+    last = {record["stage"]: record for record in run.metrics()}
+    share = steps // len(last)
+    records = ((last[stage], step) for stage in last for step in range(1, share + 1))
+    lines = (json.dumps(at_step(record, step)) + "\n" for record, step in records)
+    (run.folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def at_step(record: dict, step: int) -> dict:
+    """A step record like this one, at another step: values that do not repeat."""
+    wave = 1 + 0.1 * (step * 0.618034 % 1)
+    values = {key: value * wave for key, value in record.items() if isinstance(value, float) and key != "time"}
+    return record | values | {"step": step, "time": round(record["time"] + 0.2 * step, 3)}
+
+
+# --- training beside open tabs -----------------------------------------------------------------------
+def endless() -> Recipe:
+    return recipes.resolve(preset_name="smoke", assignments=[ENDLESS])
+
+
+@contextmanager
+def headless(runs: Path) -> Iterator[psutil.Process]:
+    """`prunedm run` in a process of its own."""
+    command = [sys.executable, "-m", "prunedm", "run", "--preset", "smoke", "--set", ENDLESS, "--runs-dir", str(runs)]
+    process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def server_process() -> psutil.Process:
+    (found,) = [p for p in psutil.Process().children() if "streamlit" in p.cmdline()]
+    return found
+
+
+def rate(run: Run, seconds: float, wait: Callable[[float], None]) -> float:
+    """Training steps a second over the next so many seconds, by the times that the run records."""
+    begin = time.time()
+    wait(seconds + 1.5)  # records are written once a second
+    times = [r["time"] for r in run.metrics() if begin <= r["time"] <= begin + seconds]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def wait_for_steps(run_of: Callable[[], Run | None], wait: Callable[[float], None]) -> Run:
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        run = run_of()
+        if run and len(run.metrics()) >= 5:
+            return run
+        wait(0.2)
+    raise RuntimeError("no training step after 180 s")
+
+
+def newest(runs: Path) -> Run | None:
+    return next(iter(store.all_runs(runs)), None)
+
+
+def tabs() -> None:
+    """In turns: the same recipe without a server (which is held still meanwhile), and in the server with open tabs."""
+    with_server, without = folder(), folder()
+    waiting = store.create(with_server, endless())
+    waiting.end(waiting.state(), "stopped", None)
+    found: dict[str, list[float]] = {"headless": [], **{str(count): [] for count in TABS}}
+    load: dict[str, list[float]] = {str(count): [] for count in TABS}
+    log = with_server / "server.log"
+    with browser.server(with_server, log) as url, headless(without) as alone, browser.chromium() as page:
+        wait = lambda seconds: page.wait_for_timeout(seconds * 1000)  # noqa: E731
+        wait_for_steps(lambda: newest(without), wait)
+        alone.send_signal(signal.SIGSTOP)
+        page.goto(f"{url}/monitor?run={waiting.id}")
+        page.get_by_role("button", name="Resume").click()
+        wait_for_steps(lambda: waiting, wait)
+        server, chromium = server_process(), [page, *(page.context.new_page() for _ in range(max(TABS) - 1))]
+        order = [*found]
+        for number in range(ROUNDS):
+            for kind in order if number % 2 else reversed(order):
+                show(chromium, int(kind) if kind != "headless" else 0, f"{url}/monitor?run={waiting.id}")
+                still, moving = (server, alone) if kind == "headless" else (alone, server)
+                still.send_signal(signal.SIGSTOP)
+                moving.send_signal(signal.SIGCONT)
+                wait(SETTLE)
+                before = browser_seconds()
+                run = newest(without) if kind == "headless" else waiting
+                found[kind].append(rate(run, WINDOW, wait))
+                if kind != "headless":
+                    load[kind].append((browser_seconds() - before) / (WINDOW + 1.5))
+                server.send_signal(signal.SIGCONT)
+        alone.send_signal(signal.SIGCONT)
+    for count in TABS:
+        ratios = [a / b for a, b in zip(found[str(count)], found["headless"])]
+        of_closed = statistics.median(a / b for a, b in zip(found[str(count)], found["0"]))
+        rates = ", ".join(f"{a:.2f}/{b:.2f}" for a, b in zip(found[str(count)], found["headless"]))
+        more = f"of the lab without a tab {of_closed:.2f}; {rates}; chromium {statistics.median(load[str(count)]):.0%}"
+        limit = {0: None, 1: 0.95, 5: 0.9}[count]
+        tell(f"training rate with {count} tabs of headless", statistics.median(ratios), "", limit, True, more)
+
+
+def show(pages: list, count: int, url: str) -> None:
+    """Monitor in so many tabs, nothing in the others."""
+    for page in pages[:count]:
+        if page.url == "about:blank" or "/monitor" not in page.url:
+            page.goto(url)
+            page.locator(f"{CHART} .scatterlayer path").first.wait_for(state="attached", timeout=60_000)
+    for page in pages[count:]:
+        page.goto("about:blank")
+
+
+def browser_seconds() -> float:
+    """Processor seconds of chromium so far."""
+    found = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "chrom" in process.name():
+                found += sum(process.cpu_times()[:2])
+        except psutil.Error:
+            continue
+    return found
+
+
+# --- memory --------------------------------------------------------------------------------------------
+class Growing(threading.Thread):
+    """A live run's folder: a step record every 10 ms, or none at all, and a heartbeat every second."""
+
+    def __init__(self, run: Run, grows: bool) -> None:
+        super().__init__(daemon=True)
+        self.job, self.grows, self.ending, self.steps = run, grows, threading.Event(), 0
+
+    def run(self) -> None:
+        state, began, beat = self.job.state(), time.monotonic(), 0.0
+        record = next(r for r in reversed(self.job.metrics()) if r["stage"] == "mask")
+        while not self.ending.wait(0.01):
+            now = time.monotonic()
+            due = int((now - began) * 100) if self.grows else 0
+            self.job.append("metrics.jsonl", [at_step(record, step) for step in range(self.steps + 1, due + 1)])
+            self.steps = max(due, self.steps)
+            if now - beat >= 1:
+                beat, state.step, state.of, state.stage = now, self.steps, 1_000_000, "mask"
+                self.job.claim(state, "running")
+
+
+def memory() -> None:
+    """The server's resident set while tabs follow a live run: one that grows, and one that only lives."""
+    for grows in (False, True):
+        found = followed(grows)
+        updates, sizes = zip(*found[len(found) // 10 :])
+        slope = statistics.linear_regression(updates, sizes).slope
+        many = max(1, len(sizes) // 10)
+        total = statistics.median(sizes[-many:]) - statistics.median(sizes[:many])
+        what = "100 new steps a second" if grows else "no new step"
+        more = f"{total / 1024:.1f} MB over {updates[-1] - updates[0]:,} updates, at the end {sizes[-1] / 1024:.0f} MB"
+        tell(f"memory of the server, {what}", slope, "kB an update", 5, more=more)
+
+
+def followed(grows: bool) -> list[tuple[int, float]]:
+    """(updates of the loss chart in all tabs, kB of the server) every five seconds."""
+    runs = folder()
+    run = take_small_run(runs)
+    writer = Growing(run, grows)
+    writer.start()
+    found: list[tuple[int, float]] = []
     with browser.server(runs, runs / "server.log") as url, browser.chromium() as page:
-        page.goto(url)
-        page.wait_for_timeout(10_000)  # the engine loads in the background
-        page.get_by_role("button", name="Run the demo").click()
-        page.wait_for_url(re.compile("/monitor"), timeout=60_000)
-        run = store.all_runs(runs)[0]
-        if not tab_open:
-            page.goto("about:blank")
-        while len(run.metrics()) < 5:
-            page.wait_for_timeout(200)
-        first, start = len(run.metrics()), time.perf_counter()
-        page.wait_for_timeout(WINDOW * 1000 * 0.8)
-        return (len(run.metrics()) - first) / (time.perf_counter() - start)
+        server, pages = server_process(), [page, *(page.context.new_page() for _ in range(OPEN - 1))]
+        page.wait_for_timeout(2000)
+        show(pages, OPEN, f"{url}/monitor?run={run.id}")
+        page.wait_for_timeout(10_000)  # the engine is loaded in the background
+        while not found or found[-1][0] < UPDATES:
+            page.wait_for_timeout(5000)
+            counts = [int(tab.locator(CHART).get_attribute("data-updates") or 0) for tab in pages]
+            found.append((sum(counts), server.memory_info().rss / 1024))
+    writer.ending.set()
+    writer.join()
+    return found
+
+
+PARTS = {
+    "first-page": first_page,
+    "reruns": reruns,
+    "tabs": tabs,
+    "many-runs": many_runs,
+    "long-run": long_run,
+    "memory": memory,
+}
 
 
 def main() -> None:
-    print(f"first page: {first_page():.2f} s")
-    for page, seconds in reruns().items():
-        median, p95 = statistics.median(seconds) * 1000, sorted(seconds)[int(0.95 * (len(seconds) - 1))] * 1000
-        print(f"rerun of {page} beside a training job: median {median:.0f} ms, p95 {p95:.0f} ms")
-    closed, opened = rate(False), rate(True)
-    rates = f"{opened:.2f} / {closed:.2f} steps a second"
-    print(f"training rate with Monitor open / tab closed: {opened / closed:.2f} ({rates})")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help="default: all of them")
+    for part in parser.parse_args().parts or PARTS:
+        PARTS[part]()
 
 
 if __name__ == "__main__":

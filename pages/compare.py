@@ -3,7 +3,8 @@
 import pandas as pd
 import streamlit as st
 
-from app import compare_views, lab, parts
+from app import compare_choice, compare_samples, compare_views, lab, parts
+from app.compare_choice import Known
 from app.judgements import MODES, judgements
 from prunedm import bundled, figures, recipe, report, report_page
 from prunedm.comparison import Judged
@@ -21,29 +22,7 @@ def bundled_only() -> None:
     st.page_link(lab.ROOT / "pages" / "home.py", label="Run the demo")
 
 
-def choose(cards: list[lab.Card], known: dict[str, Judged]) -> list[str]:
-    """The models to compare: ``?runs=A,B`` takes all variants of runs, ``?models=A/nm,B/nm`` single ones."""
-    key, runs = "compare_pick", st.query_params.get("runs", "")
-    if runs:
-        del st.query_params["runs"]  # from here on the address names the models
-        wanted = [run for run in runs.split(",") if run]
-        missing = [run for run in wanted if not compare_views.of_runs(known, [run])]
-        if missing:
-            st.warning(f"There is no evaluated run {parts.plain(', '.join(missing))} here: it may have been deleted.")
-        picked = compare_views.of_runs(known, wanted)
-        if picked:
-            st.session_state[key] = picked[: compare_views.MOST_MODELS]
-    parts.follow_url("models", key, list(known), several=True)
-    if key not in st.session_state:
-        st.session_state[key] = compare_views.first_choice(cards)
-    st.session_state[key] = [k for k in st.session_state[key] if k in known][: compare_views.MOST_MODELS]
-    most = compare_views.MOST_MODELS
-    chosen = st.multiselect("Models", list(known), key=key, max_selections=most, format_func=compare_views.name)
-    parts.write_url("models", key, ",".join(chosen))
-    return chosen
-
-
-def judged(chosen: list[str], known: dict[str, Judged]) -> dict[str, Judged]:
+def judged(chosen: list[str], known: Known) -> dict[str, Judged]:
     """The figures to show: as recorded, or judged alike in the background."""
     parts.follow_url("by", "compare_by", list(MODES))
     mode = st.segmented_control(
@@ -51,12 +30,17 @@ def judged(chosen: list[str], known: dict[str, Judged]) -> dict[str, Judged]:
     )
     mode = mode or "recorded"
     parts.write_url("by", "compare_by", mode)
-    recorded = {key: known[key] for key in chosen}
+    with parts.said():
+        compare_views.sizes(chosen, known)
+    recorded = {key: known.judged[key] for key in chosen}
     if mode == "recorded":
-        if not compare_views.alike(list(recorded.values())):
+        new = [known.judged[key].label for key in chosen if key in known.folders]
+        if new:
+            st.info(f"Not judged yet: {parts.plain(', '.join(new))}. Choose quick, standard or full above.")
+        if not compare_views.alike([one for key, one in recorded.items() if key not in known.folders]):
             st.warning("These models were judged under different settings: choose quick, standard or full above.")
         return recorded
-    found, task = compare_views.judged_alike(chosen, mode)
+    found, task = compare_views.judged_alike(chosen, mode, known)
     if found is not None:
         return found
     if task is not None and not task.future.done():
@@ -65,87 +49,40 @@ def judged(chosen: list[str], known: dict[str, Judged]) -> dict[str, Judged]:
         if task is not None:
             st.error(parts.plain(task.error))
         if st.button(f"Judge these {len(chosen)} models alike", type="primary"):
-            judgements().judge(chosen, mode)
+            judgements().judge([known.source(key) for key in chosen], mode)
             st.rerun()
     st.caption("Until that is done: the figures that the runs recorded.")
     return recorded
 
 
 def summary(found: dict[str, Judged]) -> None:
-    for name, own in report.groups(list(found.values())):
-        if len(found) > 3 or not any(one.run for one in own):
+    """What is to be said of each run's models, and then of those that are of no run."""
+    own = [one for one in found.values() if one.run is not None]
+    rest = [one for one in found.values() if one.run is None]
+    for name, models in [*report.groups(own), ("Models of no run", rest)]:
+        sentences = report.sentences(models)
+        if sentences and len(found) > 3:
             st.markdown(f"**{parts.plain(name)}**")
-        for text in report.sentences(own):
+        for text in sentences:
             st.markdown(f"- {parts.plain(text)}")
 
 
 def table(found: dict[str, Judged]) -> None:
-    rows = dict(figures.rows(list(found.values())))
-    names = list(compare_views.short_names(list(found)).values())
-    st.table(pd.DataFrame.from_dict(rows, orient="index", columns=names))
+    plain_table(dict(figures.rows(list(found.values()))), found)
     floors = figures.floor_rows(list(found.values()))
     if floors:
         head = ["model", "between", "Frechet distance", "kernel distance", "precision", "recall", "images of a set"]
         st.caption("Noise floor: what the same metrics find where there is no difference.")
-        st.table(pd.DataFrame(floors, columns=head).set_index("model"))
+        st.table(pd.DataFrame([[parts.plain(cell) for cell in row] for row in floors], columns=head).set_index("model"))
     with st.expander("What the figures hold for"):
-        rows = dict(figures.condition_rows(list(found.values())))
-        st.table(pd.DataFrame.from_dict(rows, orient="index", columns=names))
+        plain_table(dict(figures.condition_rows(list(found.values()))), found)
 
 
-def samples(chosen: list[str], known: dict[str, Judged]) -> None:
-    st.subheader("Same seeds, side by side")
-    drawn = compare_views.sheets(chosen, known)
-    if not drawn:
-        st.caption("These models have no samples yet.")
-        return
-    places = sorted(set.union(*(set(own) for own in drawn.values())))
-    seeds = choose_seeds(places)
-    if not compare_views.alike([known[key] for key in drawn]):
-        st.warning("Different samplers, steps or seeds: the same row is not the same noise.")
-    left, right = st.columns([3, 2])
-    with left:
-        compare_views.grid(drawn, seeds)
-        draw_more(chosen, known, places)
-    with right:
-        pair(drawn, seeds)
-
-
-def choose_seeds(places: list[int]) -> list[int]:
-    key = "compare_seeds"
-    wanted = [int(text) for text in st.query_params.get("seeds", "").split(",") if text.isdigit()]
-    if key not in st.session_state:
-        st.session_state[key] = wanted or places[: compare_views.FIRST_SEEDS]
-    st.session_state[key] = [seed for seed in st.session_state[key] if seed in places]
-    seeds = st.multiselect("Seeds", places, key=key) or places[:1]
-    st.query_params["seeds"] = ",".join(map(str, seeds))
-    return seeds
-
-
-def draw_more(chosen: list[str], known: dict[str, Judged], places: list[int]) -> None:
-    """Another 64 seeds of each model, in the background."""
-    own = [key for key in chosen if known[key].run is not None]
-    start = len(places)
-    if own and st.button(f"Draw {compare_views.SHEET} more seeds"):
-        st.session_state["compare_drawing"] = judgements().draw(own, start)
-    task = st.session_state.get("compare_drawing")
-    if task is not None and not task.future.done():
-        compare_views.progress(task)
-    elif task is not None and task.error:
-        st.error(parts.plain(task.error))
-
-
-def pair(drawn: dict, seeds: list[int]) -> None:
-    """The slider over one pair."""
-    if len(drawn) < 2:
-        return
-    keys = list(drawn)
-    st.markdown("**Before and after**")
-    left = st.selectbox("Left", keys, index=0, format_func=compare_views.name)
-    right = st.selectbox("Right", keys, index=len(keys) - 1, format_func=compare_views.name)
-    seed = st.selectbox("Seed", seeds)
-    if seed in drawn[left] and seed in drawn[right]:
-        compare_views.slider((left, drawn[left][seed]), (right, drawn[right][seed]), seed)
+def plain_table(rows: dict[str, list[str]], found: dict[str, Judged]) -> None:
+    """A row a figure, a column a model; st.table takes text for Markdown, and names and sources are anyone's."""
+    names = [parts.plain(name) for name in compare_choice.short_names(list(found)).values()]
+    cells = {parts.plain(name): [parts.plain(cell) for cell in row] for name, row in rows.items()}
+    st.table(pd.DataFrame.from_dict(cells, orient="index", columns=names))
 
 
 def recipes(chosen: list[str], known: dict[str, Judged]) -> None:
@@ -174,20 +111,19 @@ st.title("Compare")
 evaluated = [c for c in lab.cards() if c.results]
 if not evaluated:
     bundled_only()
-    st.stop()
-models = compare_views.models(evaluated)
-picked = choose(evaluated, models) if models else []
+everything = compare_choice.known(evaluated)
+picked = compare_choice.choose(evaluated, everything)
 if picked:
-    shown = judged(picked, models)
+    shown = judged(picked, everything)
     with parts.said():
         summary(shown)
     tabs = st.tabs(["Samples", "Figures", "Pareto", "Latency", "Recipes", "Report"])
     sections = [
-        lambda: samples(picked, models),
+        lambda: compare_samples.samples(picked, everything, shown),
         lambda: table(shown),
         lambda: compare_views.pareto(picked, shown),
         lambda: compare_views.latency(picked, shown),
-        lambda: recipes(picked, models),
+        lambda: recipes(picked, everything.judged),
         lambda: download(shown),
     ]
     for tab, draw in zip(tabs, sections):

@@ -81,7 +81,7 @@ def elsewhere(recipe: Recipe) -> None:
     with st.expander("Recipe as YAML"):
         text = recipe.to_yaml()
         st.download_button("Download", text, f"{recipe.name}.yaml", "application/yaml", on_click="ignore")
-        st.code(text, language="yaml")
+        st.code(text, language="yaml", wrap_lines=True)
 
 
 st.title("Launch")
@@ -99,5 +99,5 @@ if chosen is not None and prediction(chosen, all_cards):
             lab.start(chosen)
     elsewhere(chosen)
 with parts.said():
-    launch_views.queue()
+    launch_views.queue(all_cards)
     lab.jobs()

@@ -121,7 +121,7 @@ def section(draw, run: Run, every: float | None) -> None:
 
 
 def recipe(run: Run) -> None:
-    st.code(run.recipe().to_yaml(), language="yaml")
+    st.code(run.recipe().to_yaml(), language="yaml", wrap_lines=True)
 
 
 TABS = {

@@ -216,7 +216,7 @@ def to_trash(rows: list[Row]) -> None:
     refused = []
     for row in rows:
         try:
-            if any(not task.future.done() for task in exports.exports().of(row.card.run)):
+            if exports.exports().busy(row.card.run.exports):
                 raise ValueError(f"run {row.id} is being exported; wait for the export, then delete it")
             gone.append(shelf.delete(row.card.run))
         except (ValueError, OSError) as error:

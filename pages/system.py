@@ -101,8 +101,7 @@ def words() -> None:
     if not terms:
         st.caption(f"No entry has all of these words: {parts.plain(wanted)}.")
         return
-    st.caption(f"{len(terms)} of {len(glossary.TERMS)} entries")
-    with st.container(height=420 if len(terms) > 6 else "content", border=True, key="glossary-entries"):
+    with st.expander(f"{len(terms)} of {len(glossary.TERMS)} entries", expanded=bool(wanted)):
         entries = [f"**{parts.plain(t.term)}**: {parts.plain(t.meaning)} *{parts.plain(t.source)}*" for t in terms]
         st.markdown("\n\n".join(entries))
 

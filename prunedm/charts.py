@@ -4,16 +4,14 @@ nothing, where ``go.Figure`` takes some 15 ms each. Colours are safe for colour-
 from __future__ import annotations
 
 import html
-import itertools
-from bisect import bisect_right
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from .stage_recipes import Pattern
+from .steps import Steps
 
 Figure = dict[str, Any]
 
@@ -56,23 +54,22 @@ class Look:
     minutes: list[float] | None = None
 
 
-def curve(
-    records: list[dict[str, Any]], key: str, labels: dict[str, str], view: str, look: Look | None = None
-) -> Figure:
+def curve(steps: Steps, key: str, labels: dict[str, str], view: str, look: Look | None = None) -> Figure:
     """One figure over the run, a trace a stage: raw as a shadow, smoothed on top.
 
     ``view`` names what is looked at: zoom is kept while it and the axes stay the same.
     """
     look = look or Look()
-    traces, offset, begin = [], 0, 0
-    for stage, group in itertools.groupby(records, key=itemgetter("stage")):
-        rows = list(group)
-        at = look.minutes[begin : begin + len(rows)] if look.minutes else [offset + row["step"] for row in rows]
-        points = [(x, row[key]) for x, row in zip(at, rows) if key in row]
-        offset, begin = offset + rows[-1]["step"], begin + len(rows)
-        if points:
+    traces, offset, begin = [], 0.0, 0
+    for stretch in steps.stretches:
+        x = look.minutes[begin : begin + len(stretch)] if look.minutes else offset + stretch.steps
+        offset, begin = offset + stretch.steps[-1], begin + len(stretch)
+        y = stretch.figures.get(key, np.array([]))
+        there = np.flatnonzero(~np.isnan(y))
+        if len(there):
             smoothing = look.smoothing if key in NOISY else 0.0
-            traces += _traces(points, labels.get(stage, stage), COLORS.get(stage, "#666666"), smoothing)
+            name, color = labels.get(stretch.stage, stretch.stage), COLORS.get(stretch.stage, "#666666")
+            traces += _traces(np.asarray(x)[there], y[there], name, color, smoothing)
     over = "minutes of running" if look.minutes else "training step, all stages"
     drawn = layout(over, LABELS.get(key, key), f"{view}/{key}/{look.log}/{over}")
     if look.log:
@@ -80,8 +77,7 @@ def curve(
     return {"data": traces, "layout": drawn}
 
 
-def _traces(points: list[tuple[float, float]], name: str, color: str, smoothing: float) -> list[dict[str, Any]]:
-    x, y = np.array(points, dtype=float).T
+def _traces(x: np.ndarray, y: np.ndarray, name: str, color: str, smoothing: float) -> list[dict[str, Any]]:
     keep = slice(None, None, -(-len(x) // LARGEST_TRACE))
     line = {"type": "scatter", "x": x[keep].tolist(), "mode": "lines", "name": name}
     if not smoothing or len(x) < 10:
@@ -94,16 +90,14 @@ def _traces(points: list[tuple[float, float]], name: str, color: str, smoothing:
 
 def running_minutes(times: list[float], starts: list[float]) -> list[float]:
     """Minutes since the start at each time: what lies between a session's last record and the next start is cut."""
-    minutes, cut, previous, session = [], 0.0, times[0], -1
-    for at in times:
-        now_in = bisect_right(starts, at)
-        if now_in != session:
-            began = starts[now_in - 1] if now_in else at
-            cut += max(0.0, began - previous) if session >= 0 else began
-            session = now_in
-        minutes.append(round((at - cut) / 60, 4))
-        previous = at
-    return minutes
+    at = np.array(times, dtype=float)
+    session = np.searchsorted(starts, at, side="right")
+    cut, total = np.zeros(len(at)), 0.0
+    for i in (0, *(np.flatnonzero(np.diff(session)) + 1)):
+        began = starts[session[i] - 1] if session[i] else at[i]
+        total += max(0.0, began - at[i - 1]) if i else began
+        cut[i:] = total
+    return ((at - cut) / 60).round(4).tolist()
 
 
 def smoothed(values: np.ndarray, smoothing: float) -> np.ndarray:
@@ -249,18 +243,19 @@ def loss_by_bin(found: dict[str, Any], view: str) -> Figure:
     return {"data": traces, "layout": drawn}
 
 
-def tracker_by_bin(records: list[dict[str, Any]], timesteps: int, view: str) -> Figure:
+def tracker_by_bin(steps: Steps, timesteps: int, view: str) -> Figure:
     """The reinforce tracker of each timestep bin: below zero, samples beat the reference there."""
-    rows = [r for r in records if "tracker.0" in r]
-    rows = rows[:: -(-len(rows) // LARGEST_TRACE)]
-    bins = sum(key.startswith("tracker.") for key in rows[0])
+    stretch = next(stretch for stretch in steps.stretches if "tracker.0" in stretch.figures)
+    bins = sum(name.startswith("tracker.") for name in stretch.figures)
+    there = np.flatnonzero(~np.isnan(stretch.figures["tracker.0"]))
+    keep = there[:: -(-len(there) // LARGEST_TRACE)]
     traces = [
         {
             "type": "scatter",
             "mode": "lines",
             "name": name,
-            "x": [r["step"] for r in rows],
-            "y": [r[f"tracker.{b}"] for r in rows],
+            "x": stretch.steps[keep].tolist(),
+            "y": stretch.figures[f"tracker.{b}"][keep].tolist(),
             "line": {"color": BIN_COLORS[b % len(BIN_COLORS)], "width": 1.5},
         }
         for b, name in enumerate(bin_names(bins, timesteps))
@@ -318,6 +313,7 @@ def layout(x: str, y: str, view: str) -> dict[str, Any]:
         "font": {"color": GREY},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY},  # plotly would lay a grey box behind its buttons
         "xaxis": axis | {"title": {"text": x}},
         "yaxis": axis | {"title": {"text": y}},
     }

@@ -10,16 +10,17 @@ import copy
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from . import maskfile, model_card, onnx_export, packed, semi_structured, unet, verify
+from . import maskfile, model_card, onnx_export, packed, semi_structured, subject, unet, verify
 from .pruned_unet import public
+from .stage_recipes import Pattern
 from .store import MASKS, write_atomic
 from .subject import Subject
 
@@ -40,6 +41,22 @@ class ExportError(ValueError):
     """A model that cannot be exported as asked, in one line."""
 
 
+class Form(NamedTuple):
+    """What is written: one of FORMATS, its number type and its way of int8."""
+
+    kind: str
+    dtype: str
+    int8: str = "none"
+
+
+def form(kind: str, dtype: str | None, int8: str) -> Form:
+    """A form that can be written here, seen before any model is loaded; ExportError or ValueError where it cannot."""
+    found = Form(kind, check_choices(kind, dtype, int8), int8)
+    if kind == "semi-structured":
+        semi_structured.require_cuda()
+    return found
+
+
 def check_choices(kind: str, dtype: str | None, int8: str) -> str:
     """The dtype to use; ExportError for a combination that the format does not have."""
     if kind not in FORMATS:
@@ -54,6 +71,30 @@ def check_choices(kind: str, dtype: str | None, int8: str) -> str:
     if kind == "packed" and int8 == "weights" and dtype != "fp32":
         raise ExportError(f"--dtype {dtype} and --int8 weights exclude one another in a packed file; leave one out")
     return dtype
+
+
+def make(
+    source: str,
+    variant: str | None,
+    runs_dir: Path,
+    wanted: Form,
+    out: Path,
+    read_as: Pattern,
+    tell: Callable[[str], None] = lambda doing: None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Find a model (``subject.find``), write it and read it back: the record of it, and what ``verify`` finds.
+
+    ``tell`` hears what is being done. ExportError where what was written does not keep its patterns.
+    """
+    tell("loading the model")
+    found = subject.find(source, variant, runs_dir, read_as)
+    tell("writing")
+    record = write(found, wanted.kind, out, wanted.dtype, wanted.int8)
+    tell("reading it back")
+    seen = verify.inspect(out)
+    if not seen["ok"]:
+        raise ExportError(f"{out} was written, but does not keep its patterns: {seen['problems'][0]}")
+    return record, seen
 
 
 # --- exporters -------------------------------------------------------------------------------

@@ -54,16 +54,11 @@ def export(
 ) -> None:
     """Write a model as a diffusers folder, a packed file, ONNX, a TensorRT script or for semi-structured kernels."""
     from . import export as exports
-    from . import semi_structured, subject, verify
+    from . import verify
 
-    chosen = exports.check_choices(kind.value, dtype.value if dtype else None, int8.value)
-    if kind is Format.semi_structured:
-        semi_structured.require_cuda()  # before anything is loaded
-    found = subject.find(source, variant.value if variant else None, runs_dir, verify.parse(read_as))
-    record = exports.write(found, kind.value, out, chosen, int8.value)
-    seen = verify.inspect(out)
-    if not seen["ok"]:
-        raise exports.ExportError(f"{out} was written, but does not keep its patterns: {seen['problems'][0]}")
+    wanted = exports.form(kind.value, dtype.value if dtype else None, int8.value)
+    named = variant.value if variant else None
+    record, seen = exports.make(source, named, runs_dir, wanted, out, verify.parse(read_as))
     if as_json:
         print(json.dumps({"path": str(out)} | record))
         return

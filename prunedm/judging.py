@@ -26,7 +26,6 @@ from . import (
     extractors,
     latency,
     onnx_export,
-    pictures,
     semi_structured,
     store,
     subject,
@@ -34,11 +33,10 @@ from . import (
 )
 from .comparison import Judged
 from .extractors import Extractor
-from .quality import SHEET, Judge, Target, how
+from .quality import Judge, Target
 from .recipe import Data, Eval, merge
 from .recipe import build as build_recipe
 from .records import VARIANT_LABELS
-from .samples import SampleSet
 from .stage_recipes import Pattern
 from .subject import Subject
 
@@ -116,7 +114,26 @@ def entries(sources: list[str], runs_dir: Path, dense: str | None = None) -> lis
         made += _of_source(source, runs_dir, base, loaded)
     if base is not None and any(entry.dense is base for entry in made):
         made.insert(0, base)
+    _lend_images(made)
     return _told_apart(made)
+
+
+def _lend_images(made: list[Entry]) -> None:
+    """A model that is of no run is judged by the real images of the runs beside it: by others it would not compare.
+
+    Of the runs that draw images of its shape, where these agree.
+    """
+    known = [(e.subject.model.image_shape, e.subject.data) for e in made if e.run is not None and e.subject.data]
+    for entry in made:
+        if entry.run is None and entry.subject.data is None:
+            fit = [data for shape, data in known if shape == entry.subject.model.image_shape]
+            if fit and all(_same_images(data, fit[0]) for data in fit):
+                entry.subject.data = fit[0]
+
+
+def _same_images(a: Data, b: Data) -> bool:
+    training = {"batch_size", "flip"}  # change no image that is judged by
+    return a.model_dump(exclude=training) == b.model_dump(exclude=training)
 
 
 def _told_apart(made: list[Entry]) -> list[Entry]:
@@ -238,9 +255,9 @@ class Session:
             own, sheet = entry.run.evaluation().get(entry.variant, {}), entry.run.sheet(entry.variant)
             if own.get("sizes") and sheet.exists():
                 return own, sheet
-        source, images = entry.subject.name, given or bundled.NAME
+        source, images = entry.subject.name, given or (entry.subject.data or Data()).source
         if recipe is not None and entry.variant == "dense":
-            source, images = recipe.model.source, given or recipe.data.source
+            source = recipe.model.source
         found = bundled.evaluation(self.settings)
         if found is None or (source, images) != (bundled.NAME, bundled.NAME):
             return None, None
@@ -361,26 +378,3 @@ def _converted(found: list[Entry]) -> dict[str, tuple[str, str, nn.Module]]:
         if any(row["convert"] for row in rows):
             made[f"{entry.label} {SEMI_STRUCTURED}"] = (entry.label, f"{SEMI_STRUCTURED} fp16", sparse)
     return made
-
-
-# --- more samples ----------------------------------------------------------------------------------
-def more_sheet(run: store.Run, variant: str, start: int) -> Path:
-    """Where the samples of a run's variant from the seed at place ``start`` on go (it may not exist yet)."""
-    return run.folder / "evaluations" / f"seeds-{variant}-{bundled.settings_key(run.recipe().eval)}-{start}.png"
-
-
-def draw_more(source: str, start: int, runs_dir: Path) -> Path:
-    """One more sheet of samples of ``RUN/variant``, by its recipe's settings; the evaluation's has the first SHEET."""
-    run_id, _, variant = source.partition("/")
-    run = store.find(runs_dir, run_id)
-    path, recipe = more_sheet(run, variant, start), run.recipe()
-    if variant not in run.variants():
-        raise JudgeError(f"{source}: run {run_id} has the variants {', '.join(run.variants())}; name one of them")
-    if not path.exists():
-        target = evaluate.target_of(run, variant, unet.resolve_device(recipe.device))
-        samples = SampleSet(target.model, subject.fingerprint(target.place), recipe.eval)
-        images = samples.images(start, start + SHEET)
-        info = target.info | {"start": start} | how(recipe.eval)
-        path.parent.mkdir(exist_ok=True)
-        store.write_atomic(path, pictures.sheet_png(images, info))
-    return path

@@ -174,7 +174,7 @@ def within_script(source: str) -> str:
 SCRIPT = """
 const charts = [...document.querySelectorAll(".chart")];
 const dark = matchMedia("(prefers-color-scheme: dark)");
-const shown = { responsive: true, displaylogo: false };
+const shown = { responsive: true, displaylogo: false, showSendToCloud: false };
 function ink() { return getComputedStyle(document.body).color; }
 function draw(node) {
   const figure = JSON.parse(node.nextElementSibling.textContent);

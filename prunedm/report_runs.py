@@ -17,6 +17,7 @@ from .records import STAGE_LABELS, VARIANT_LABELS, LayerReport
 from .report_html import Html, bullets, chart, command, folded, join, missing, paragraph, table, tag
 from .report_sections import BROKEN, Page, form, said
 from .stage_recipes import parse_pattern
+from .steps import Steps
 from .store import VARIANT_RECORD, Run, read_json
 
 CURVES = ("loss", "entropy", "flips", "top_probability", "tau")
@@ -32,11 +33,11 @@ def training(page: Page) -> Html:
 def _curves(run: Run) -> Html:
     records = [r for r in run.metrics() if isinstance(r, dict) and "stage" in r and "step" in r]
     records = [r | {"stage": charts.plain(r["stage"])} for r in records]
-    parts = []
+    steps, parts = Steps.of(records), []
     for key in CURVES:
         own = [r for r in records if isinstance(r.get(key), int | float)]
         if own:
-            drawn = charts.curve(records, key, STAGE_LABELS, run.id, charts.Look(log=key == "loss"))
+            drawn = charts.curve(steps, key, STAGE_LABELS, run.id, charts.Look(log=key == "loss"))
             title = charts.LABELS.get(key, key)
             stages = ", ".join(STAGE_LABELS.get(s, s) for s in dict.fromkeys(r["stage"] for r in own))
             alt = f"{title} of {run.id} over {len(own)} recorded steps ({stages})"

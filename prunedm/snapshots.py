@@ -8,8 +8,10 @@ says where each begins.
 from __future__ import annotations
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -25,9 +27,12 @@ def write(path: Path, masks: list[np.ndarray]) -> None:
 
 
 def read(path: Path) -> np.ndarray:
-    """The inverse of :func:`write`: uint8 ``[weights]``."""
-    with np.load(path, allow_pickle=False) as archive:
-        return np.unpackbits(archive["bits"], count=int(archive["count"]))
+    """The inverse of :func:`write`: uint8 ``[weights]``. ValueError in one line for a damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return np.unpackbits(archive["bits"], count=int(archive["count"]))
+    except (EOFError, BadZipFile, zlib.error, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"mask snapshot {path.name} is damaged ({error}); delete it: the others are shown") from error
 
 
 def masked_layers(run: Run) -> list[dict[str, Any]]:

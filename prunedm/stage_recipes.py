@@ -136,8 +136,10 @@ def require_read(section: Section, read_by: dict[str, tuple[str, ...]]) -> None:
     """ValueError when a field is set that the section's method would ignore."""
     method = section.method  # type: ignore[attr-defined]
     for name, methods in read_by.items():
+        if method in methods:
+            continue
         value, kept = getattr(section, name), type(section).model_fields[name].get_default(call_default_factory=True)
-        if method not in methods and value != kept:
+        if value != kept:
             used = ", ".join(methods) if len(methods) < 6 else "a method other than none"
             raise ValueError(f"{name}={value} is not read by method={method}; remove it or use {used}")
 

@@ -17,11 +17,12 @@ import io
 import json
 import os
 import re
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar, get_args
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -33,12 +34,14 @@ from .records import ACTIVE, STAGES, VARIANTS, LayerReport, RunState, Status
 if TYPE_CHECKING:
     from torch import Tensor
 
+Whole = TypeVar("Whole", covariant=True)
 MASKS = "masks.safetensors"  # in the N:M variant's folder, with its manifest (maskfile.py)
 VARIANT_RECORD = "prunedm.json"  # in a variant's folder, written last: what was done to it
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
 SCHEMA = 1
+BLOCK, LAST = 2**20, 64  # bytes of a growing file read at once, and remembered of its end
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
 
@@ -94,16 +97,87 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a torn last line, or none at all, is no error."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue  # torn by a crash in the middle of the file's life; the next line is whole
-    return records
+    return _parsed(path.read_bytes().rpartition(b"\n")[0]) if path.exists() else []
+
+
+def _parsed(lines: bytes) -> list[Any]:
+    """JSON lines, without those that a crash tore in the middle of the file's life: the next line is whole."""
+    split = lines.split(b"\n")
+    with suppress(ValueError):
+        found = json.loads(b"[" + b",".join(split) + b"]")  # in one call it takes half the time
+        if len(found) == len(split):
+            return found
+    found = []
+    for line in split:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+class Grows(Protocol[Whole]):
+    """What the records of a file add up to."""
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Take in more records; StoreError for damaged ones."""
+
+    def now(self) -> Whole:
+        """The whole so far, which later records leave as it is."""
+
+
+class Lines:
+    """The records themselves."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        self._records += records
+
+    def now(self) -> list[dict[str, Any]]:
+        return list(self._records)
+
+
+class Tail(Generic[Whole]):
+    """A file of JSON lines that is followed by any number of threads: only what is new is read and parsed.
+
+    A file that was replaced or cut is read anew. It is known by its inode and by the bytes that were read last, which
+    must still stand there: an inode's number is soon used again.
+    """
+
+    def __init__(self, path: Path, make: Callable[[], Grows[Whole]]) -> None:
+        self._path, self._make, self._lock = path, make, threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._grows, self._inode, self._offset, self._last = self._make(), 0, 0, b""
+
+    def read(self) -> Whole:
+        """What the file's whole lines add up to now; StoreError when they are damaged."""
+        with self._lock:
+            try:
+                with self._path.open("rb") as file:
+                    self._follow(file)
+            except FileNotFoundError:
+                self._begin()
+            except StoreError:
+                self._begin()  # so that the damage is told the next time too
+                raise
+            return self._grows.now()
+
+    def _follow(self, file: BinaryIO) -> None:
+        inode = os.fstat(file.fileno()).st_ino
+        file.seek(self._offset - len(self._last))
+        if (self._inode, self._last) != (inode, file.read(len(self._last))):
+            self._begin()
+            self._inode = inode
+            file.seek(0)
+        rest = b""
+        while block := file.read(BLOCK):
+            lines, newline, rest = (rest + block).rpartition(b"\n")
+            if newline:
+                self._grows.add([record for record in _parsed(lines) if isinstance(record, dict)])
+                self._offset += len(lines) + 1
+                self._last = (lines + newline)[-LAST:]
 
 
 class Run:
@@ -124,6 +198,10 @@ class Run:
     @property
     def log_path(self) -> Path:
         return self.folder / "log.txt"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
 
     def variant(self, name: str) -> Path:
         """The diffusers folder of one variant (it may not exist yet)."""
@@ -232,7 +310,7 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """One record a step: ``{"stage", "step", "time", ...}``."""
-        return read_jsonl(self.folder / "metrics.jsonl")
+        return read_jsonl(self.metrics_path)
 
     def mask_layers(self) -> list[dict[str, Any]]:
         """One record a mask snapshot: lists of figures, one entry a masked layer."""
@@ -252,6 +330,17 @@ class Run:
         for path in [*self.mask_snapshots(), *self.samples()]:
             if stage_step(path)[0] == stage and stage_step(path)[1] > step:
                 path.unlink()
+
+    def require_own_files(self) -> None:
+        """StoreError when a link stands anywhere in the folder: what it leads to is not the run's to show."""
+        waiting = [str(self.folder)]
+        while waiting:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        raise StoreError(f"{entry.path} is a link; a run holds its own files only: remove it or copy")
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
 
     # --- tensors -----------------------------------------------------------------------------
     def save_checkpoint(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -398,7 +487,9 @@ def find(runs_dir: Path, run_id: str) -> Run:
     folder = runs_dir / run_id
     if folder.is_symlink() or not os.path.isfile(folder / "recipe.yaml"):
         raise StoreError(f"no run {run_id!r} in {runs_dir}; `python -m prunedm ls` lists them")
-    return Run(folder)
+    run = Run(folder)
+    run.require_own_files()
+    return run
 
 
 def all_runs(runs_dir: Path) -> list[Run]:

@@ -14,12 +14,16 @@ FAULTS = (yaml.YAMLError, ValueError, RecursionError)
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """The safe loader of PyYAML, with the numbers of YAML 1.2 and with keys that stand once."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Nothing is merged: a merge key is refused as a tag without a meaning."""
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = {str(key) for key in keys if keys.count(key) > 1}
             raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice; keep one")
-        return super().construct_mapping(node, deep)
+        return found
 
 
 NUMBERS = {

@@ -55,7 +55,7 @@ def load(source: str) -> Diffusion:
     folder = locate(source)
     if folder.is_file():
         return load_packed(folder)
-    _require_pixels(folder)
+    require_pixels(folder)
     return Diffusion(load_unet(unet_folder(folder)), _load_scheduler(folder))
 
 
@@ -70,7 +70,7 @@ def unet_folder(folder: Path) -> Path:
     return folder / "unet" if (folder / "unet").is_dir() else folder
 
 
-def _require_pixels(folder: Path) -> None:
+def require_pixels(folder: Path) -> None:
     """ModelError for a pipeline with parts beside the UNet and its scheduler, such as an autoencoder."""
     path = folder / INDEX
     if not path.is_file():
@@ -86,8 +86,8 @@ def _require_pixels(folder: Path) -> None:
         )
 
 
-def load_unet(folder: Path) -> nn.Module:
-    """A UNet2DModel folder (``config.json`` and safetensors weights), pruned or not, strictly."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a UNet folder; ModelError where it is unreadable or of a kind that is not supported."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -112,6 +112,12 @@ def load_unet(folder: Path) -> nn.Module:
         )
     if config.get("sample_size") is None:
         raise ModelError(f"model folder {folder}: config.json has no sample_size; write the image side there")
+    return config
+
+
+def load_unet(folder: Path) -> nn.Module:
+    """A UNet2DModel folder (``config.json`` and safetensors weights), pruned or not, strictly."""
+    config = read_config(folder)
     tensors = read_weights(folder)
     try:
         from .pruned_unet import build  # late: it imports diffusers
@@ -131,6 +137,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    tensors: dict[str, Tensor] = {}
+    for file in complete_files(folder):
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read ({_line(error)}); restore it or save the model again") from error
+    return tensors
+
+
+def complete_files(folder: Path) -> list[Path]:
+    """:func:`weight_files`; ModelError where there are none, or they do not make one model."""
     files = weight_files(folder)
     parts = [re.search(r"-\d+-of-(\d+)", file.name) for file in files]
     whole = len(files) == 1 if not parts or parts[0] is None else all(p and int(p[1]) == len(files) for p in parts)
@@ -139,13 +156,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         why = f"{len(files)} weight files that do not make one model" if files else f"no {WEIGHTS}"
         why = "only pickled weights, which are never loaded" if pickled and not files else why
         raise ModelError(f"model folder {folder} has {why}; save it with safe_serialization=True")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} cannot be read ({_line(error)}); restore it or save the model again") from error
-    return tensors
+    return files
 
 
 def weight_files(folder: Path) -> list[Path]:

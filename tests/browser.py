@@ -66,23 +66,39 @@ def chromium_path() -> str | None:
 
 
 @contextmanager
-def chromium(**context_options) -> Iterator:
-    """A browser page whose requests and console errors are collected in ``page.requested``/``page.errors``."""
+def launched() -> Iterator:
+    """A browser without a page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_ARGUMENTS)
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | context_options))
-        page = context.new_page()
-        page.requested, page.errors = [], []
-        page.on("request", lambda request: page.requested.append(request.url))
-        page.on("websocket", lambda socket_: page.requested.append(socket_.url))
-        page.on("console", lambda message: page.errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        started = playwright.chromium.launch(executable_path=chromium_path(), args=CHROMIUM_ARGUMENTS)
         try:
-            yield page
+            yield started
         finally:
-            browser.close()
+            started.close()
+
+
+def watched_page(started, **context_options):
+    """A page in a context of its own; its requests and console errors are collected in ``page.requested`` and
+    ``page.errors``, an error with the address that it is of."""
+    page = started.new_context(**({"viewport": {"width": 1280, "height": 900}} | context_options)).new_page()
+    page.requested, page.errors = [], []
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.on("websocket", lambda socket_: page.requested.append(socket_.url))
+    page.on("console", lambda message: page.errors.append(_told(message)) if message.type == "error" else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    return page
+
+
+def _told(message) -> str:
+    return f"{message.text} {message.location.get('url', '')}".strip()
+
+
+@contextmanager
+def chromium(**context_options) -> Iterator:
+    """A browser with one watched page."""
+    with launched() as started:
+        yield watched_page(started, **context_options)
 
 
 def settle(page, seconds: float = 15) -> None:

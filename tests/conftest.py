@@ -16,11 +16,11 @@ from prunedm import recipe as recipes
 from prunedm import unet as unets
 from prunedm.recipe import Recipe
 
-TURNS = 5
+TURNS = 10
 
 
 def pytest_configure() -> None:
-    """Slow tests take turns, a fifth a day; PRUNEDM_SLOW=all (make nightly) runs every one, PRUNEDM_SLOW=none none.
+    """Slow tests take turns, a tenth a day; PRUNEDM_SLOW=all (make nightly) runs every one, PRUNEDM_SLOW=none none.
 
     The day is read once, for all worker processes.
     """

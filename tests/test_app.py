@@ -369,58 +369,6 @@ def test_the_run_picker_can_be_used_twice(with_done, runs):
         assert ids[index].startswith(chosen) and chosen in app.query_params["run"]
 
 
-def test_compare_takes_several_runs_once_each_and_says_how_they_differ(with_done, runs, done_run):
-    for suffix, n in (("b", 1), ("c", 2)):
-        copy = store.Run(shutil.copytree(done_run.folder, runs / f"{done_run.id}-{suffix}"))
-        recipe = recipes.merge(copy.recipe().model_dump(), {"mask": {"n": n}, "name": suffix})
-        (copy.folder / "recipe.yaml").write_text(recipes.build(recipe).to_yaml())
-    app = open_page("compare")
-    for run_id in (f"{done_run.id}-b", done_run.id):
-        app.multiselect(key="compare_pick").select(f"{run_id}/nm").run()
-        assert not app.exception and not app.error
-    assert len(app.multiselect(key="compare_pick").value) == 5
-    assert "Recipe differences" in said(app)
-
-
-def test_a_link_to_runs_shows_the_dense_model_that_they_share_once(with_done, runs, done_run):
-    copy = shutil.copytree(done_run.folder, runs / f"{done_run.id}-b")
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
-    app.query_params["runs"] = f"{with_done.id},{copy.name}"
-    app.switch_page("../pages/compare.py").run()
-    chosen = app.multiselect(key="compare_pick").value
-    assert len(chosen) == 5 and sum(key.endswith("/dense") for key in chosen) == 1
-    assert ",".join(chosen) in app.query_params["models"], "the address names what is shown"
-
-
-def test_a_link_to_single_models_and_seeds_shows_them(with_done):
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
-    app.query_params["models"] = f"{with_done.id}/dense,{with_done.id}/nm"
-    app.query_params["seeds"] = "3,5"
-    app.switch_page("../pages/compare.py").run()
-    assert not app.exception
-    assert app.multiselect(key="compare_pick").value == [f"{with_done.id}/dense", f"{with_done.id}/nm"]
-    assert app.multiselect(key="compare_seeds").value == [3, 5]
-
-
-def test_models_are_judged_alike_in_the_background_when_asked(with_done, monkeypatch):
-    from app import judgements
-    from prunedm import judging
-
-    monkeypatch.setattr(judging, "BATCHES", dict.fromkeys(judging.BATCHES, (1,)))
-    app = open_page("compare")
-    app.segmented_control(key="compare_by").set_value("quick").run()
-    button = next(b for b in app.button if b.label.startswith("Judge these 3"))
-    button.click().run()
-    work = judgements.judgements()
-    deadline = time.monotonic() + 60
-    while work.at_work() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    app.run()
-    assert not app.exception and not app.error
-    assert not [b for b in app.button if b.label.startswith("Judge these")]
-    assert "128" in str([t.value for t in app.table])
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -460,85 +408,16 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
-def click(app, label):
-    next(b for b in app.button if b.label == label).click().run()
-    assert not app.exception, app.exception
-
-
-def test_models_shows_layers_exports_verifies_and_deletes(with_done):
-    from app import exports
-    from prunedm import packed
-
-    exports.exports.clear()
-    app = open_page("models", run=with_done.id)
-    text = said(app)
-    assert "Every N:M layer keeps its pattern" in text + "".join(str(s.value) for s in app.success)
-    app.selectbox(key="models.format").set_value("packed").run()
-    click(app, "Export")
-    deadline = time.monotonic() + 60
-    while exports.exports().of(with_done) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not exports.exports().of(with_done)
-    (path,) = exports.finished(with_done)
-    assert path.name == f"{with_done.id}-nm-packed-fp32.safetensors" and packed.read(path)
-    app.run()
-    assert path.name.replace("-", "\\-") in said(app)
-    click(app, "Export")
-    assert "is already there; delete it first" in said(app)
-    click(app, "Verify")
-    click(app, "Delete it")
-    assert exports.finished(with_done) == []
-
-
-def test_an_export_that_cannot_work_is_said_in_the_lab(with_done):
-    from app import exports
-
-    exports.exports.clear()
-    app = open_page("models", run=with_done.id)
-    app.selectbox(key="models.format").set_value("semi-structured").run()
-    click(app, "Export")
-    import torch
-
-    if not torch.cuda.is_available():
-        assert "CUDA" in said(app)
-
-
-def test_a_folder_is_exported_with_its_archive(with_done):
-    import zipfile
-
-    from app import exports
-
-    made = exports.Exports()
-    made.start(with_done, "structured", "diffusers", "fp16", "none").future.result(60)
-    (path,) = exports.finished(with_done)
-    assert path.is_dir() and f"{path.name}/model_index.json" in zipfile.ZipFile(exports.archive(path)).namelist()
-    exports.delete(path)
-    assert not path.exists() and not exports.archive(path).exists()
-
-
 def test_a_reinforce_run_draws_the_tracker_of_each_timestep_bin(runs, micro):
     from prunedm import charts
     from prunedm.diffusion import TIMESTEP_BINS
+    from prunedm.steps import Steps
 
     run = store.create(runs, micro(mask={"method": "reinforce", "steps": 4}, prune={"target": 0}, eval={"images": 2}))
     assert pipeline.execute(run) == "done"
-    figure = charts.tracker_by_bin(run.metrics(), 1000, run.id)
+    figure = charts.tracker_by_bin(Steps.of(run.metrics()), 1000, run.id)
     assert len(figure["data"]) == TIMESTEP_BINS
     recorded = [r for r in run.metrics() if r["stage"] == "mask"]
     for b, trace in enumerate(figure["data"]):
         assert trace["x"] == [1, 2, 3, 4] and trace["y"] == [r[f"tracker.{b}"] for r in recorded]
     assert not open_page("monitor", run=run.id, tab="Masks").error
-
-
-def test_what_a_killed_server_left_half_exported_is_made_again(with_done):
-    from app import exports
-
-    path = with_done.exports / exports.file_name(with_done.id, "structured", "diffusers", "fp16", "none")
-    path.mkdir(parents=True)
-    (path / "torn").write_text("x")
-    path.with_name(f".{path.name}.part.zip").write_bytes(b"torn")
-    onnx = with_done.exports / exports.file_name(with_done.id, "nm", "onnx", "fp32", "none")
-    onnx.write_bytes(b"torn")
-    assert exports.finished(with_done) == []
-    exports.Exports().start(with_done, "structured", "diffusers", "fp16", "none").future.result(60)
-    assert exports.finished(with_done) == [path] and not (path / "torn").exists()

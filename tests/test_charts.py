@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from app import mask_views
 from prunedm import charts, snapshots
+from prunedm.steps import Steps
 
 RECORDS = [{"stage": "finetune", "step": i, "loss": float(i), "lr": 0.1} for i in range(1, 21)]
 RECORDS += [{"stage": "mask", "step": i, "loss": 100.0 + i} for i in range(1, 21)]
@@ -16,7 +17,7 @@ LABELS = {"finetune": "Fine-tune", "mask": "Masks"}
 
 
 def lines(look):
-    return charts.curve(RECORDS, "loss", LABELS, "run", look)["data"]
+    return charts.curve(Steps.of(RECORDS), "loss", LABELS, "run", look)["data"]
 
 
 def test_stages_follow_one_another_and_each_has_a_shadow_and_a_smoothed_line():
@@ -41,7 +42,7 @@ def test_over_time_each_record_lies_at_its_minute():
 
 def test_zoom_is_kept_for_a_view_and_not_between_axes():
     def view(look):
-        return charts.curve(RECORDS, "loss", LABELS, "run", look)["layout"]["uirevision"]
+        return charts.curve(Steps.of(RECORDS), "loss", LABELS, "run", look)["layout"]["uirevision"]
 
     assert view(charts.Look()) == view(charts.Look(smoothing=0.5))
     assert len({view(charts.Look()), view(charts.Look(log=True)), view(charts.Look(minutes=[0.0] * 40))}) == 3
@@ -59,7 +60,7 @@ def test_smoothing_is_the_debiased_moving_average(values, weight):
 
 def test_a_long_run_is_drawn_with_few_points():
     records = [{"stage": "mask", "step": i, "loss": 1.0} for i in range(1, 25_001)]
-    for line in charts.curve(records, "loss", LABELS, "run")["data"]:
+    for line in charts.curve(Steps.of(records), "loss", LABELS, "run")["data"]:
         assert len(line["x"]) <= charts.LARGEST_TRACE
 
 

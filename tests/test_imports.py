@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
     "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "records", "owner", "bundled", "store", "system",
     "glossary", "cache", "comparison", "shelf",
-    "progress", "snapshots", "pictures", "pattern", "charts", "model_charts", "packed",
+    "progress", "snapshots", "pictures", "pattern", "steps", "charts", "model_charts", "packed",
     "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
     "importance", "mask_methods", "reinforce", "learn", "diagnostics", "allocate",

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import stat
 import struct
 import zipfile
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunedm import diffusion, imports, store, unet
+from prunedm import diffusion, import_zip, imports, store, unet
 from prunedm.imports import ModelImportError
 
 
@@ -35,7 +36,7 @@ def zipped(files, kind=zipfile.ZIP_DEFLATED) -> io.BytesIO:
 
 def refused(file, into: Path, match: str) -> None:
     with pytest.raises(ModelImportError, match=match) as error:
-        imports.from_zip(file, into)
+        import_zip.from_zip(file, into)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
     left = [p.name for p in into.parent.iterdir()] if into.parent.exists() else []
     assert left == [], "nothing is left behind"
@@ -45,7 +46,7 @@ def refused(file, into: Path, match: str) -> None:
 @pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_a_good_zip_loads_and_samples(parts, tmp_path, model_folder, top, kind):
     file = zipped({f"{top}{name}": content for name, content in parts.items()}, kind)
-    path = imports.from_zip(file, imports.target(tmp_path, "mine"))
+    path = import_zip.from_zip(file, imports.target(tmp_path, "mine"))
     assert path == tmp_path / "models" / "mine"
     model, original = unet.load(str(path)), unet.load(str(model_folder))
     for a, b in zip(model.unet.parameters(), original.unet.parameters()):
@@ -60,14 +61,14 @@ def test_a_good_zip_loads_and_samples(parts, tmp_path, model_folder, top, kind):
 def test_a_bare_unet_and_what_macos_adds_are_taken(parts, tmp_path):
     files = {name.removeprefix("unet/"): content for name, content in parts.items() if name.startswith("unet/")}
     noise = {"__MACOSX/._config.json": b"x", ".DS_Store": b"x"}
-    path = imports.from_zip(zipped(files | noise), imports.target(tmp_path, "bare"))
+    path = import_zip.from_zip(zipped(files | noise), imports.target(tmp_path, "bare"))
     assert sorted(p.name for p in path.iterdir()) == sorted(files)
     assert unet.load(str(path)).image_shape == (1, 8, 8)
 
 
 def test_the_loader_of_a_pruned_folder_is_never_unpacked(parts, tmp_path):
     files = {f"m/{name}": content for name, content in parts.items()} | {"m/unet/pruned_unet.py": b"boom("}
-    path = imports.from_zip(zipped(files), imports.target(tmp_path, "pruned"))
+    path = import_zip.from_zip(zipped(files), imports.target(tmp_path, "pruned"))
     assert not list(path.rglob("*.py"))
 
 
@@ -89,7 +90,7 @@ def test_no_name_ever_writes_outside(parts, tmp_path_factory, name):
     root = tmp_path_factory.mktemp("root")
     into = root / "runs" / "models" / "a"
     try:
-        imports.from_zip(zipped({**parts, name: b"{}"}), into)
+        import_zip.from_zip(zipped({**parts, name: b"{}"}), into)
     except ModelImportError as error:
         assert "\n" not in str(error)
         assert not into.exists()
@@ -130,7 +131,7 @@ def test_other_files_are_refused(parts, tmp_path, name):
 def test_bombs_are_refused_before_they_unpack(parts, tmp_path):
     bomb = zipped({**parts, "unet/zeros.safetensors": b"\0" * (60 * imports.MIB)})
     refused(bomb, tmp_path / "m", "times its size")
-    many = zipped({f"README{i}.md": b"" for i in range(imports.MOST_FILES + 1)})
+    many = zipped({f"README{i}.md": b"" for i in range(import_zip.MOST_FILES + 1)})
     refused(many, tmp_path / "m", "files and")
     text = zipped({**parts, "README.md": os.urandom(imports.LARGEST_TEXT + 1)})
     refused(text, tmp_path / "m", "MiB; 4 are allowed")
@@ -138,9 +139,9 @@ def test_bombs_are_refused_before_they_unpack(parts, tmp_path):
 
 def test_limits_of_sizes(parts, tmp_path, monkeypatch):
     file = zipped(parts)
-    monkeypatch.setattr(imports, "LARGEST_UNPACKED", 1000)
+    monkeypatch.setattr(import_zip, "LARGEST_UNPACKED", 1000)
     refused(file, tmp_path / "m", "are allowed")
-    monkeypatch.setattr(imports, "LARGEST_ZIP", 1000)
+    monkeypatch.setattr(import_zip, "LARGEST_ZIP", 1000)
     refused(file, tmp_path / "m", "unpack it and give the folder")
 
 
@@ -163,7 +164,7 @@ def test_an_altered_byte_is_refused_or_harmless(parts, tmp_path_factory, place, 
     raw[int(len(raw) * place)] ^= value
     root = tmp_path_factory.mktemp("t")
     try:
-        path = imports.from_zip(io.BytesIO(bytes(raw)), root / "m")
+        path = import_zip.from_zip(io.BytesIO(bytes(raw)), root / "m")
     except ModelImportError as error:
         assert "\n" not in str(error) and list(root.iterdir()) == []
     else:
@@ -209,7 +210,46 @@ def test_a_large_header_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(imports, "LARGEST_HEADER", 4)
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 8) + b"{      }")
     with pytest.raises(ModelImportError, match="are allowed"):
-        imports.check_header(tmp_path / "x.safetensors")
+        imports.read_header(tmp_path / "x.safetensors")
+
+
+HEADERS = [b"{not json", b'{"a": 1}', b'{"a": {"shape": 3}}', b'{"a": {"shape": [-1]}}', b'{"a":' * 50_000]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_that_make_no_sense_are_refused(parts, tmp_path, header):
+    weights = next(name for name in parts if name.endswith(".safetensors"))
+    content = struct.pack("<Q", len(header)) + header
+    refused(zipped({**parts, weights: content}, zipfile.ZIP_STORED), tmp_path / "m", "no header that can be read")
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", f"unet/{unet.WEIGHTS}"])
+def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(model_folder, tmp_path, name):
+    folder = shutil.copytree(model_folder, tmp_path / "m")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=r"has no config\.json|is no file|no diffusion_pytorch_model"):
+        imports.look(folder)
+
+
+@pytest.mark.parametrize("side", [[8], [8, 8, 8], "8", [8, "8"], True, {}])
+def test_a_config_whose_images_have_no_shape_is_refused(parts, tmp_path, side):
+    refused(zipped(config_of(parts, sample_size=side)), tmp_path / "m", "make no image|must be 1 to")
+
+
+def test_a_look_reads_headers_only_and_agrees_with_the_model(model_folder, monkeypatch):
+    model = unet.load(str(model_folder))
+    monkeypatch.setattr(unet, "read_weights", lambda folder: pytest.fail("weights were read"))
+    seen = imports.look(model_folder)
+    assert seen == imports.Overview(model.image_shape, unet.parameters(model.unet), unet.weight_bytes(model_folder))
+
+
+def test_an_imported_model_is_found_by_its_own_name_only(model_folder, tmp_path):
+    one = imports.from_path(model_folder, tmp_path)
+    assert imports.find(tmp_path, one.name) == one
+    for name in ("", ".", "..", f"../models/{one.name}", f"{one.name}/", one.name.upper(), "paths.json", ".exports"):
+        with pytest.raises(ModelImportError, match="no imported model"):
+            imports.find(tmp_path, name)
 
 
 def test_weights_are_needed(parts, tmp_path):
@@ -253,7 +293,7 @@ def test_a_damaged_list_is_said(tmp_path, content):
 
 
 def test_delete_removes_the_copy_but_not_under_a_run_that_needs_it(parts, tmp_path, micro):
-    path = imports.from_zip(zipped(parts), imports.target(tmp_path, "mine"))
+    path = import_zip.from_zip(zipped(parts), imports.target(tmp_path, "mine"))
     run = store.create(tmp_path, micro(model={"source": str(path)}))
     with pytest.raises(ModelImportError, match="stop the run"):
         imports.delete(tmp_path, "mine")

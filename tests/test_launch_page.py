@@ -1,8 +1,6 @@
-"""What Launch and Models show beside the form: faults, files, earlier runs, images, sizes, time, queue, imports."""
+"""What Launch shows beside the form: faults, files, earlier runs, images, sizes, time, queue."""
 
-import io
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ from PIL import Image
 from streamlit.testing.v1 import AppTest
 
 from app import forms, launch_views
-from prunedm import imports, pipeline, store
+from prunedm import pipeline, store
 from prunedm import recipe as recipes
 from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe, RecipeError
@@ -40,11 +38,6 @@ def said(app):
 
 def metric(app, label):
     return next(m.value for m in app.metric if m.label == label)
-
-
-def click(app, label):
-    next(b for b in app.button if b.label == label).click().run()
-    assert not app.exception, app.exception
 
 
 # --- faults --------------------------------------------------------------------------------------
@@ -83,9 +76,10 @@ def test_a_fault_is_said_above_the_form_and_beside_its_field(runs):
     assert not app.error and "Start" in [b.label for b in app.button]
 
 
-def test_a_fault_in_a_fold_opens_it(runs):
-    app = open_page()
+def test_a_fault_in_a_fold_opens_it(runs, open_folds):
+    app = open_folds(open_page(), "data")
     app.text_input(key="recipe.data.limit").set_value("1").run()
+    open_folds(app, "data", is_open=False)
     opened = [e for e in app.expander if e.label == "More settings" and e.proto.expanded]
     assert len(opened) == 1 and len(opened[0].error) == 1
 
@@ -161,7 +155,7 @@ def test_sixteen_images_are_those_of_the_data(image_folder):
     assert all(a.shape == (8, 8, 3) and a.dtype == np.uint8 and Image.fromarray(a) for a in arrays)
 
 
-def test_sizes_density_and_macs_are_predicted(runs):
+def test_sizes_density_and_macs_are_predicted(runs, open_folds):
     app = open_page()
     kept = int(metric(app, "non-zero after stage 2").replace(",", ""))
     left = int(metric(app, "after stage 1").replace(",", ""))
@@ -174,6 +168,7 @@ def test_sizes_density_and_macs_are_predicted(runs):
     app.selectbox(key="recipe.mask.method").set_value("none").run()
     assert metric(app, "File, packed fp16") == "no masks" and metric(app, "Density after stage 2") == "100.0%"
     app.selectbox(key="recipe.mask.method").set_value("gumbel")
+    open_folds(app, "mask")
     app.text_input(key="recipe.mask.density").set_value("0.5").run()
     assert metric(app, "File, packed fp16") == "not known yet" and not app.exception
 
@@ -203,59 +198,3 @@ def test_the_queue_lists_what_waits_and_runs(runs, monkeypatch):
     assert "Queue" in text and "Learn N:M masks: 3 of 10" in text and "next" in text
     links = [link.label.replace("\\", "") for link in app.get("page_link")]
     assert links[-2:] == [first.id, second.id]
-
-
-# --- imported models -----------------------------------------------------------------------------
-def packed_model(folder):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for path in folder.rglob("*"):
-            archive.write(path, f"tiny/{path.relative_to(folder)}")
-    return buffer.getvalue()
-
-
-def test_a_zip_is_imported_looked_at_launched_from_and_deleted(runs, model_folder):
-    app = open_page("models")
-    assert "None yet" in said(app) and next(b for b in app.button if b.label == "Import the zip").disabled
-    app.file_uploader(key="models.zip").set_value(("Tiny net.zip", packed_model(model_folder), "application/zip")).run()
-    click(app, "Import the zip")
-    assert not app.error, app.error[0].value
-    assert "Tiny-net is imported" in said(app) and "images 8x8, grey" in said(app)
-    (one,) = imports.listing(runs)
-    assert one.path == runs / "models" / "Tiny-net" and app.selectbox(key="models.imported").value == "Tiny-net"
-    assert len(app.dataframe) == 1 and list(app.dataframe[0].value["fits N:M"]).count("2:4") > 3
-    launch = open_page()
-    launch.selectbox(key="recipe.model.source").set_value(str(one.path)).run()
-    assert not launch.exception and str(one.path) in next(c.value for c in launch.code if c.language == "yaml")
-    click(app, "Delete this model")
-    assert imports.listing(runs) == [] and "None yet" in said(app)
-
-
-def test_a_hostile_zip_is_refused_in_one_line_on_the_page(runs):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("unet/diffusion_pytorch_model.bin", b"x")
-    app = open_page("models")
-    app.file_uploader(key="models.zip").set_value(("x.zip", buffer.getvalue(), "application/zip")).run()
-    click(app, "Import the zip")
-    assert "can run code and are never loaded" in said(app) and imports.listing(runs) == []
-
-
-def test_a_folder_is_added_by_path_and_a_missing_one_is_said(runs, model_folder, tmp_path_factory):
-    copy = shutil.copytree(model_folder, tmp_path_factory.mktemp("own") / "own")
-    app = open_page("models")
-    app.text_input(key="models.path").set_value(str(copy)).run()
-    click(app, "Add the folder")
-    assert "own is imported" in said(app)
-    shutil.rmtree(copy)
-    app.run()
-    assert not app.exception and "is gone" in said(app)
-    click(app, "Delete this model")
-    assert imports.listing(runs) == []
-
-
-def test_a_damaged_list_of_models_breaks_no_page(runs):
-    (runs / "models").mkdir()
-    (runs / "models" / "paths.json").write_text("{")
-    for page in ("models", "launch", "home"):
-        assert page == "home" or "mend or delete" in said(open_page(page))

@@ -393,7 +393,9 @@ def drop_metrics(run):
 
 
 def break_metrics(run):
-    (run.folder / "metrics.jsonl").write_text('[1]\n{"stage": "mask"}\n{"stage": "mask", "step": 1, "loss": NaN}\n{"st')
+    lines = '[1]\n{"stage": "mask"}\n{"stage": "mask", "step": 1, "loss": NaN}\n'
+    lines += '{"stage": "mask", "step": 2, "loss": 1}\n{"st'
+    (run.folder / "metrics.jsonl").write_text(lines)
 
 
 def break_recipe(run):

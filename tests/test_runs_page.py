@@ -1,88 +1,28 @@
 """The Runs page through AppTest and in a real chromium: each state, each action, and back again.
 
-Runs are folders written here, without an engine: what the page shows is what lies in them. How long 200 of them
-take is measured by ``python tests/test_runs_page.py`` (cold: nothing cached; warm: a rerun).
+Runs are folders written here, without an engine: what the page shows is what lies in them.
 """
 
 import json
 import math
-import os
 import re
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import browser
 import pytest
+from fake_runs import fake
 from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
+from app import lab, run_table
+from prunedm import recipe as recipes
+from prunedm import shelf, store
+from prunedm.shelf import Notes
+
 ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT)]
-
-from app import lab, run_table  # noqa: E402
-from prunedm import recipe as recipes  # noqa: E402
-from prunedm import shelf, store  # noqa: E402
-from prunedm.jobs import Jobs  # noqa: E402
-from prunedm.recipe import Recipe  # noqa: E402
-from prunedm.shelf import Notes  # noqa: E402
-
-SAMPLING = {"sampler": "ddim", "steps": 25, "eta": 0.0, "seed": 0, "extractor": "bundled", "data": "fashion"}
-DENSE = {
-    "parameters": 2_734_945, "nonzero_parameters": 2_734_945, "macs": 290_000_000, "bytes": 10_950_000,
-    "sizes": {"dense_fp32": 10_950_000, "dense_fp16": 5_480_000, "packed_fp16": 5_480_000, "packed_int8": 2_750_000},
-    "validation_loss": 0.0391, "validation_images": 512, "validation_errors": [0.0391] * 512,
-    "fid": 0.52, "fid_std": 0.02, "fid_extractor": "FD-fashion", "fid_images": 512, "sampling": SAMPLING,
-    "latency_ms": 12.4, "latency_ms_p10": 12.0, "latency_ms_p90": 13.1, "device": "cpu", "dtype": "float32", "batch": 8,
-}  # fmt: skip
-STEPS = {"finetune": 150, "mask": 200, "recover": 200}
-
-
-def figures(keep, loss, fid):
-    """Figures of a variant with so much of dense."""
-    sizes = DENSE["sizes"] | {"packed_fp16": int(5_480_000 * keep * 1.12)}
-    count = {"parameters": 1_100_000, "nonzero_parameters": int(2_734_945 * keep), "latency_ms": 7.31}
-    return DENSE | count | {"sizes": sizes, "validation_loss": loss, "fid": fid}
-
-
-def fake(runs_dir, name, status="done", evaluated=True, steps=None, keep=0.22, loss=0.0437, notes=None, **changes):
-    """A run's folder as the pipeline leaves it, models aside."""
-    base = recipes.merge(Recipe().model_dump(), {"name": name})
-    run = store.create(runs_dir, recipes.build(recipes.merge(base, changes)))
-    state = run.state()
-    state.seconds, state.started, state.stage, state.of = 83.0, time.time() - 4000, "mask", STEPS["mask"]
-    run.append("metrics.jsonl", list(curve(steps or STEPS)))
-    if evaluated:
-        results = {"dense": DENSE, "structured": figures(0.4, 0.0419, 0.71), "nm": figures(keep, loss, 0.93)}
-        run.write_evaluation(results)
-        for variant in results:
-            run.variant(variant).mkdir(parents=True)
-            (run.variant(variant) / "weights.safetensors").write_bytes(b"x" * 20_000)
-            store.write_json(run.variant(variant) / store.VARIANT_RECORD, {})
-    if notes:
-        shelf.write_notes(run, notes)
-    if status in ("queued", "running", "paused"):
-        state.step = 120
-        run.claim(state, status)
-    elif status == "interrupted":
-        run.claim(state, "running")
-        raw = store.read_json(run.folder / "state.json")
-        store.write_json(run.folder / "state.json", raw | {"pid_started": 1.0})
-    elif status == "unreadable":
-        (run.folder / "state.json").write_text("{")
-    else:
-        run.end(state, status, "the disk is full; free some space and resume" if status == "failed" else None)
-    return run
-
-
-def curve(steps):
-    for stage, count in steps.items():
-        for step in range(1, count + 1):
-            loss = 0.04 + 0.05 * math.exp(-step / 40) + 0.004 * math.sin(step * 1.7)
-            yield {"stage": stage, "step": step, "time": step * 0.2, "loss": loss, "entropy": 0.5, "flips": 0.1}
 
 
 def varied(runs_dir):
@@ -554,32 +494,3 @@ def tick_row(page, place):
     box = page.get_by_test_id("stDataFrame").first.bounding_box()
     page.mouse.click(box["x"] + 16, box["y"] + 36 + 35 * place + 17)
     browser.settle(page)
-
-
-# --- how long it takes ---------------------------------------------------------------------------------
-def measure(count=200):
-    """Seconds of the page with so many runs: first and again."""
-    folder = Path(tempfile.mkdtemp())
-    os.environ["PRUNEDM_RUNS"] = str(folder)
-    Jobs.warm_up = lambda self: None
-    for i in range(count):
-        run = fake(
-            folder, f"r{i}", notes=Notes((f"t{i % 5}",), f"note {i}"), steps={k: v * 3 for k, v in STEPS.items()}
-        )
-        for kind in ("masks", "samples"):
-            (run.folder / kind).mkdir()
-            for j in range(20):
-                (run.folder / kind / f"mask-{j:07}.bin").write_bytes(b"x" * 2000)
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
-    times = []
-    for again in range(4):
-        began = (time.perf_counter(), time.process_time())
-        app.run() if again else app.switch_page("../pages/runs.py").run()
-        times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
-    sound(app)
-    cold, warm = times[0], min(times[1:])
-    print(f"{count} runs: cold {cold[0]:.2f} s (CPU {cold[1]:.2f} s), warm {warm[0]:.2f} s (CPU {warm[1]:.2f} s)")
-
-
-if __name__ == "__main__":
-    measure(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

@@ -1,0 +1,53 @@
+"""The lab's pages through Streamlit's AppTest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from streamlit.testing.v1 import AppTest
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = ("markdown", "caption", "error", "warning", "info", "success", "title", "subheader", "metric")
+
+
+def open_page(page: str, **query: str) -> AppTest:
+    """A page as the address with this query shows it."""
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    for key, value in query.items():
+        app.query_params[key] = value
+    app.switch_page(f"../pages/{page}.py").run()
+    return sound(app)
+
+
+def sound(app: AppTest) -> AppTest:
+    assert not app.exception, app.exception
+    return app
+
+
+def said(app: AppTest) -> str:
+    """All text of the page, as it was given to Markdown."""
+    texts = [str(e.value) + str(getattr(e, "label", "")) for kind in KINDS for e in getattr(app, kind)]
+    return "\n".join(texts)
+
+
+def shown(app: AppTest) -> str:
+    """The page's text as a reader sees it: without the backslashes of escaped characters."""
+    return said(app).replace("\\", "")
+
+
+def click(app: AppTest, label: str) -> AppTest:
+    next(b for b in app.button if b.label == label).click().run()
+    return sound(app)
+
+
+def labels(app: AppTest) -> list[str]:
+    return [b.label for b in app.button]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
