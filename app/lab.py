@@ -12,10 +12,11 @@ import streamlit as st
 
 from prunedm import store
 from prunedm.jobs import Jobs, load_engine
+from prunedm.jsonl import Lines, Tail
 from prunedm.recipe import Recipe
 from prunedm.records import ACTIVE, RunState
 from prunedm.steps import Columns, Steps
-from prunedm.store import Lines, Run, Tail
+from prunedm.store import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,31 +17,29 @@ import io
 import json
 import os
 import re
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Generic, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 import numpy as np
 from filelock import FileLock, Timeout
 
 from . import owner
 from . import recipe as recipes
+from .jsonl import read_jsonl
 from .records import ACTIVE, STAGES, VARIANTS, LayerReport, RunState, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Whole = TypeVar("Whole", covariant=True)
 MASKS = "masks.safetensors"  # in the N:M variant's folder, with its manifest (maskfile.py)
 VARIANT_RECORD = "prunedm.json"  # in a variant's folder, written last: what was done to it
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
 SCHEMA = 1
-BLOCK, LAST = 2**20, 64  # bytes of a growing file read at once, and remembered of its end
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
 
@@ -93,91 +91,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read ({error}); restore or delete the run") from error
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a torn last line, or none at all, is no error."""
-    return _parsed(path.read_bytes().rpartition(b"\n")[0]) if path.exists() else []
-
-
-def _parsed(lines: bytes) -> list[Any]:
-    """JSON lines, without those that a crash tore in the middle of the file's life: the next line is whole."""
-    split = lines.split(b"\n")
-    with suppress(ValueError):
-        found = json.loads(b"[" + b",".join(split) + b"]")  # in one call it takes half the time
-        if len(found) == len(split):
-            return found
-    found = []
-    for line in split:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
-class Grows(Protocol[Whole]):
-    """What the records of a file add up to."""
-
-    def add(self, records: list[dict[str, Any]]) -> None:
-        """Take in more records; StoreError for damaged ones."""
-
-    def now(self) -> Whole:
-        """The whole so far, which later records leave as it is."""
-
-
-class Lines:
-    """The records themselves."""
-
-    def __init__(self) -> None:
-        self._records: list[dict[str, Any]] = []
-
-    def add(self, records: list[dict[str, Any]]) -> None:
-        self._records += records
-
-    def now(self) -> list[dict[str, Any]]:
-        return list(self._records)
-
-
-class Tail(Generic[Whole]):
-    """A file of JSON lines that is followed by any number of threads: only what is new is read and parsed.
-
-    A file that was replaced or cut is read anew. It is known by its inode and by the bytes that were read last, which
-    must still stand there: an inode's number is soon used again.
-    """
-
-    def __init__(self, path: Path, make: Callable[[], Grows[Whole]]) -> None:
-        self._path, self._make, self._lock = path, make, threading.Lock()
-        self._begin()
-
-    def _begin(self) -> None:
-        self._grows, self._inode, self._offset, self._last = self._make(), 0, 0, b""
-
-    def read(self) -> Whole:
-        """What the file's whole lines add up to now; StoreError when they are damaged."""
-        with self._lock:
-            try:
-                with self._path.open("rb") as file:
-                    self._follow(file)
-            except FileNotFoundError:
-                self._begin()
-            except StoreError:
-                self._begin()  # so that the damage is told the next time too
-                raise
-            return self._grows.now()
-
-    def _follow(self, file: BinaryIO) -> None:
-        inode = os.fstat(file.fileno()).st_ino
-        file.seek(self._offset - len(self._last))
-        if (self._inode, self._last) != (inode, file.read(len(self._last))):
-            self._begin()
-            self._inode = inode
-            file.seek(0)
-        rest = b""
-        while block := file.read(BLOCK):
-            lines, newline, rest = (rest + block).rpartition(b"\n")
-            if newline:
-                self._grows.add([record for record in _parsed(lines) if isinstance(record, dict)])
-                self._offset += len(lines) + 1
-                self._last = (lines + newline)[-LAST:]
 
 
 class Run:

@@ -18,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from .store import SYSTEM, Run, read_jsonl, write_atomic
+from .jsonl import read_jsonl
+from .store import SYSTEM, Run, write_atomic
 
 EVERY = 2.0  # seconds between samples
 MOST = 5000  # lines of the file; when there are as many, half of them or more go

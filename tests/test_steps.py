@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunedm import store
+from prunedm.jsonl import Lines, Tail
 from prunedm.steps import FIRST_ROOM, Columns, Steps
-from prunedm.store import Lines, StoreError, Tail
+from prunedm.store import StoreError
 
 RECORD = st.builds(
     lambda stage, step, figures: {"stage": stage, "step": step, "time": step / 7, **figures},

@@ -12,7 +12,7 @@ import pytest
 from test_app import open_page, said
 
 from app import system_views
-from prunedm import charts, pipeline, store, system
+from prunedm import charts, jsonl, pipeline, store, system
 from prunedm.recipe import Recipe
 
 GIB = 2**30
@@ -134,7 +134,7 @@ def test_the_file_stays_small_while_it_grows(run):
     sampler.start()
     longest, deadline = 0, time.monotonic() + 2
     while time.monotonic() < deadline:
-        longest = max(longest, len(store.read_jsonl(run.folder / store.SYSTEM)))
+        longest = max(longest, len(jsonl.read_jsonl(run.folder / store.SYSTEM)))
     sampler.stop()
     assert 10 <= longest <= 20
     times = [r["time"] for r in system.records(run)]
