@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunedm import store
+from prunedm import jsonl, store
 from prunedm.jsonl import Lines, Tail
 from prunedm.steps import FIRST_ROOM, Columns, Steps
 from prunedm.store import StoreError
@@ -106,19 +106,19 @@ def change(run, kind, given_):
 def test_a_followed_file_holds_what_a_full_read_finds(tmp_path_factory, changes, block):
     run = store.Run(tmp_path_factory.mktemp("run"))
     lines, steps = Tail(run.metrics_path, Lines), Tail(run.metrics_path, Columns)
-    before, store.BLOCK = store.BLOCK, block
+    before, jsonl.BLOCK = jsonl.BLOCK, block
     try:
         for kind, given_ in changes:
             change(run, kind, given_)
             assert lines.read() == run.metrics()
             assert list(rows(steps.read())) == run.metrics()
     finally:
-        store.BLOCK = before
+        jsonl.BLOCK = before
 
 
 def test_only_what_is_new_is_parsed(tmp_path, monkeypatch):
-    run, parsed, parse = store.Run(tmp_path), [], store._parsed
-    monkeypatch.setattr(store, "_parsed", lambda lines: parsed.append(len(lines) + 1) or parse(lines))
+    run, parsed, parse = store.Run(tmp_path), [], jsonl._parsed
+    monkeypatch.setattr(jsonl, "_parsed", lambda lines: parsed.append(len(lines) + 1) or parse(lines))
     tail = Tail(run.metrics_path, Columns)
     for step in range(50):
         run.append("metrics.jsonl", [{"stage": "mask", "step": step}])
