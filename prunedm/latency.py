@@ -263,7 +263,7 @@ def _memory(module: nn.Module, batch: int) -> tuple[int | None, str | None]:
 def _once(unet: nn.Module, inputs: tuple) -> float:
     """Milliseconds of one call, between two events on a CUDA device's own clock."""
     device = inputs[0].device
-    _synchronize(device)
+    synchronize(device)
     if device.type == "cuda":
         with torch.cuda.device(device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -274,11 +274,12 @@ def _once(unet: nn.Module, inputs: tuple) -> float:
         return start.elapsed_time(end)
     began = time.perf_counter()
     unet(*inputs)
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - began) * 1000
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -182,7 +182,7 @@ def faults(user, runs):
 
 
 def test_each_fault_of_an_address_is_one_line_and_loses_nothing(with_done, runs, user, monkeypatch):
-    monkeypatch.setattr(unets, "_download", lambda source: pytest.fail("an address must not fetch anything"))
+    monkeypatch.setattr(unets, "download", lambda *given: pytest.fail("an address must not fetch anything"))
     good = str(model(user / "good"))
     for key, words in faults(user, runs).items():
         app = open_page("compare", models=link(f"{with_done.id}/nm", key, good))
