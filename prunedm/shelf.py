@@ -141,7 +141,7 @@ class Trashed:
 def delete(run: Run) -> Trashed:
     """Move a run to the trash, in one step; StoreError for one that is active, locked or not a run's folder."""
     runs_dir = run.folder.parent
-    found = store.find(runs_dir, run.id)
+    found = store.locate(runs_dir, run.id)
     trash = _trash(runs_dir)
     had_lock = os.path.lexists(found.folder / ".lock")
     try:

@@ -394,15 +394,20 @@ def is_run(runs_dir: Path, run_id: str) -> bool:
 
 
 def find(runs_dir: Path, run_id: str) -> Run:
-    """A run by id. The id is checked before it joins a path."""
+    """A run by id, to read or to work on. The id is checked before it joins a path."""
+    run = locate(runs_dir, run_id)
+    run.require_own_files()
+    return run
+
+
+def locate(runs_dir: Path, run_id: str) -> Run:
+    """A run by id whatever its folder holds: to move it, and not to read it."""
     if not RUN_ID.fullmatch(run_id):
         raise StoreError(f"run id {run_id!r} is not an id; `python -m prunedm ls` lists them")
     folder = runs_dir / run_id
     if folder.is_symlink() or not os.path.isfile(folder / "recipe.yaml"):
         raise StoreError(f"no run {run_id!r} in {runs_dir}; `python -m prunedm ls` lists them")
-    run = Run(folder)
-    run.require_own_files()
-    return run
+    return Run(folder)
 
 
 def all_runs(runs_dir: Path) -> list[Run]:
