@@ -202,9 +202,9 @@ def pair(drawn: Drawn, seeds: list[int]) -> None:
         return
     keys, labels = list(drawn), names(list(drawn))
     st.markdown("**Before and after**")
-    left = st.selectbox("Left", keys, index=0, format_func=labels.get)
-    right = st.selectbox("Right", keys, index=len(keys) - 1, format_func=labels.get)
-    seed = st.selectbox("Seed", seeds)
+    left = one_of("Left", "left", keys, keys[0], labels.get)
+    right = one_of("Right", "right", keys, keys[-1], labels.get)
+    seed = one_of("Seed", "seed", seeds, seeds[0], str)
     if seed not in drawn[left] or seed not in drawn[right]:
         st.caption("One of the two is not drawn from this seed yet.")
         return
@@ -214,6 +214,20 @@ def pair(drawn: Drawn, seeds: list[int]) -> None:
         st.info(f"These two draw images of different sizes ({sizes}), which cannot lie over each other.")
         return
     slider((labels[left], a), (labels[right], b), seed)
+
+
+def one_of(label: str, parameter: str, options: list, first, words):
+    """A choice that the address names where it is not the first one offered."""
+    key, by_name = f"compare_{parameter}", {str(option): option for option in options}
+    if parameter in st.query_params:
+        parts.follow_url(parameter, f"{key}.wanted", list(by_name))
+        if (wanted := st.session_state.pop(f"{key}.wanted", None)) is not None:
+            st.session_state[key] = by_name[wanted]
+    if st.session_state.get(key) not in options:
+        st.session_state[key] = first
+    chosen = st.selectbox(label, options, key=key, format_func=words, persist_state="session")
+    parts.write_url(parameter, f"{key}.wanted", "" if chosen == first else str(chosen))
+    return chosen
 
 
 def slider(left: tuple[str, Image.Image], right: tuple[str, Image.Image], seed: int) -> None:

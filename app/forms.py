@@ -60,7 +60,7 @@ def fill(recipe: Recipe, changes: dict[str, Any] | None = None) -> None:
 
 def _is_text(path: str) -> bool:
     """Whether a field is typed as YAML: a list, or a value that may be left empty."""
-    return _typed_as_yaml(*_kind(_field(path).annotation))
+    return _typed_as_yaml(*_kind(field_of(path).annotation))
 
 
 def _field(path: str) -> Any:
@@ -77,7 +77,7 @@ def held() -> dict[str, Any]:
     for path in recipes.flatten(Recipe().model_dump()):
         section, _, name = path.rpartition(".")
         part = document.setdefault(section, {}) if section else document
-        part[name] = _value(_field(path), st.session_state.get(key(path)))
+        part[name] = _value(field_of(path), st.session_state.get(key(path)))
     return document
 
 

@@ -23,7 +23,7 @@ SHOWN, LOADED = 16, 24  # images; some that are loaded may be unreadable
 MOST_READ = 24  # finished runs whose step records are read
 MOST_OFFERED = 50
 FROM_FILE, FROM_RUN, NOTE = "launch.file", "launch.from", "launch.note"
-MONITOR = lab.ROOT / "pages" / "monitor.py"
+MONITOR = lab.page("monitor")
 
 
 # --- where the form's values come from -------------------------------------------------------------

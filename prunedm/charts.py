@@ -4,6 +4,7 @@ nothing, where ``go.Figure`` takes some 15 ms each. Colours are safe for colour-
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,31 +54,45 @@ class Look:
     smoothing: float = SMOOTHING
     minutes: list[float] | None = None
 
+    def weight(self, key: str) -> float:
+        """The smoothing of one figure: those that are not noisy are drawn as recorded."""
+        return self.smoothing if key in NOISY else 0.0
+
 
 def curve(steps: Steps, key: str, labels: dict[str, str], view: str, look: Look | None = None) -> Figure:
     """One figure over the run, a trace a stage: raw as a shadow, smoothed on top.
 
     ``view`` names what is looked at: zoom is kept while it and the axes stay the same.
     """
-    look = look or Look()
-    traces, offset, begin = [], 0.0, 0
+    look, traces = look or Look(), []
+    for stage, x, y in series(steps, key, look.minutes):
+        traces += lines(x, y, labels.get(stage, stage), COLORS.get(stage, "#666666"), look.weight(key))
+    return {"data": traces, "layout": curve_layout(key, view, look)}
+
+
+def curve_layout(key: str, view: str, look: Look, where: str = "all stages") -> Figure:
+    """The axes of a figure over the steps, or the time, of all stages or of one."""
+    over = f"minutes of running, {where}" if look.minutes else f"training step, {where}"
+    drawn = layout(over, LABELS.get(key, key), f"{view}/{key}/{look.log}/{over}")
+    if look.log:
+        drawn["yaxis"]["type"] = "log"
+    return drawn
+
+
+def series(steps: Steps, key: str, minutes: list[float] | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Stage, x and y of each stretch that recorded the figure; x goes on from stage to stage."""
+    offset, begin = 0.0, 0
     for stretch in steps.stretches:
-        x = look.minutes[begin : begin + len(stretch)] if look.minutes else offset + stretch.steps
+        x = minutes[begin : begin + len(stretch)] if minutes else offset + stretch.steps
         offset, begin = offset + stretch.steps[-1], begin + len(stretch)
         y = stretch.figures.get(key, np.array([]))
         there = np.flatnonzero(~np.isnan(y))
         if len(there):
-            smoothing = look.smoothing if key in NOISY else 0.0
-            name, color = labels.get(stretch.stage, stretch.stage), COLORS.get(stretch.stage, "#666666")
-            traces += _traces(np.asarray(x)[there], y[there], name, color, smoothing)
-    over = "minutes of running" if look.minutes else "training step, all stages"
-    drawn = layout(over, LABELS.get(key, key), f"{view}/{key}/{look.log}/{over}")
-    if look.log:
-        drawn["yaxis"]["type"] = "log"
-    return {"data": traces, "layout": drawn}
+            yield stretch.stage, np.asarray(x)[there], y[there]
 
 
-def _traces(x: np.ndarray, y: np.ndarray, name: str, color: str, smoothing: float) -> list[dict[str, Any]]:
+def lines(x: np.ndarray, y: np.ndarray, name: str, color: str, smoothing: float) -> list[dict[str, Any]]:
+    """One stage's trace: as recorded, or that as a shadow and the smoothed one on top."""
     keep = slice(None, None, -(-len(x) // LARGEST_TRACE))
     line = {"type": "scatter", "x": x[keep].tolist(), "mode": "lines", "name": name}
     if not smoothing or len(x) < 10:

@@ -21,9 +21,14 @@ import browser  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from prunedm import store  # noqa: E402
+from prunedm.records import ACTIVE  # noqa: E402
 
 OUT = ROOT / ".build" / "screenshots"
-PAGES = ("", "launch", "sweep", "monitor", "runs", "compare", "models", "system")
+PAGES = ("launch", "sweep", "monitor", "runs", "compare", "models", "system")
+TABS = {  # beside the first one of each page
+    "monitor?tab": ("Masks", "Compliance", "Samples", "Log", "Recipe", "System"),
+    "compare?view": ("Figures", "Pareto", "Latency", "Curves", "Recipes", "Report"),
+}
 
 
 def photograph(page, path: Path, tallest: int = 2600) -> None:
@@ -51,27 +56,31 @@ def demo(url: str, runs: Path) -> None:
         page.get_by_role("button", name="Run the demo").click()
         page.wait_for_url(re.compile("/monitor"), timeout=60_000)
         run = store.all_runs(runs)[0]
-        while run.state().stage != "mask" or run.state().step < 40:
+        while run.state().status in ACTIVE and (run.state().stage != "mask" or run.state().step < 40):
             page.wait_for_timeout(500)
         page.get_by_role("tab", name="Masks").click()
         page.wait_for_timeout(6000)
-        photograph(page, OUT / "monitor-masks.png")
-        while run.state().status in ("queued", "running"):
+        photograph(page, OUT / "monitor-live.png")
+        while run.state().status in ACTIVE:
             page.wait_for_timeout(500)
 
 
 def each_page(url: str, suffix: str, **options) -> None:
     with browser.chromium(**options) as page:
-        for name in PAGES:
-            page.goto(f"{url}/{name}")
-            browser.settle(page, 30)
-            photograph(page, OUT / f"{name or 'home'}{suffix}.png")
-            if name == "monitor":
-                for tab in ("Masks", "Compliance", "Samples"):
-                    page.get_by_role("tab", name=tab).click()
-                    photograph(page, OUT / f"{name}-{tab.lower()}{suffix}.png")
+        for name, address in addresses().items():
+            page.goto(f"{url}/{address}")
+            browser.settle(page, 60)
+            photograph(page, OUT / f"{name}{suffix}.png")
         for error in page.errors:
             print(f"console error: {error}")
+
+
+def addresses() -> dict[str, str]:
+    """Every page and tab: the name of its picture, and where it is."""
+    found = {"home": ""} | {page: page for page in PAGES}
+    for query, tabs in TABS.items():
+        found |= {f"{query.partition('?')[0]}-{tab.lower()}": f"{query}={tab}" for tab in tabs}
+    return found
 
 
 def main() -> None:
