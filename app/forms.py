@@ -63,7 +63,8 @@ def _is_text(path: str) -> bool:
     return _typed_as_yaml(*_kind(field_of(path).annotation))
 
 
-def _field(path: str) -> Any:
+def field_of(path: str) -> Any:
+    """The recipe's field at a dotted path."""
     model: Any = Recipe
     *sections, name = path.split(".")
     for section in sections:
