@@ -9,6 +9,7 @@ import numpy as np
 import streamlit as st
 
 from app import curve_views, lab, parts
+from app.layer_views import flow
 from app.live_plot import live_plot
 from app.mask_player import Frames, player
 from prunedm import charts, snapshots
@@ -29,19 +30,21 @@ FIGURES = {
 def evolution(run: Run) -> None:
     """One layer's mask played through its snapshots, then all layers over time, then how the masks settle."""
     layers, paths = snapshots.masked_layers(run), run.mask_snapshots()
+    order = sorted(range(len(layers)), key=lambda i: flow(layers[i]["layer"]))
     if not layers or not paths:
         st.caption("Masks appear here when stage 2 begins.")
         return
-    names = [layer["layer"] for layer in layers]
+    names = [layers[i]["layer"] for i in order]
     chosen = st.selectbox("Layer", names, key="mask_layer", persist_state="session")
-    one_layer(run, layers[names.index(chosen)], spread(paths))
+    one_layer(run, layers[order[names.index(chosen)]], spread(paths))
     st.subheader("All layers")
-    all_layers(run, names, lab.lines(run, MASK_LAYERS))
+    all_layers(run, names, order, lab.lines(run, MASK_LAYERS))
     st.subheader("How the masks settle")
     curve_views.settling(run)
 
 
-def all_layers(run: Run, names: list[str], records: list[dict[str, Any]]) -> None:
+def all_layers(run: Run, names: list[str], order: list[int], records: list[dict[str, Any]]) -> None:
+    """One figure of each layer over the snapshots. ``order``: where a layer of ``names`` stands in a record."""
     there = [key for key in FIGURES if any(key in record for record in records)]
     if not there:
         return
@@ -50,7 +53,7 @@ def all_layers(run: Run, names: list[str], records: list[dict[str, Any]]) -> Non
     )
     shown = [record for record in records if key in record]
     steps = [record["step"] for record in shown]
-    values = np.array([record[key] for record in shown])
+    values = np.array([record[key] for record in shown])[:, order]
     share = key in ("flips", "moved", "compliance", "top_probability")
     live_plot(
         charts.evolution_heatmap(steps, names, values, FIGURES[key], share, f"{run.id}/{key}"),
@@ -112,14 +115,15 @@ def _read(path: str, stamp: tuple[int, ...]) -> np.ndarray:
 
 def compliance(run: Run) -> None:
     """Compliance and balance of each layer, the initial mask's cost, patterns by layer, and what is left dense."""
-    layers = run.layers()
+    layers = sorted(run.layers(), key=lambda layer: flow(layer["layer"]))
     if not layers:
         st.caption("Compliance appears here when stage 2 begins.")
         return
     patterns = sorted({layer["pattern"] for layer in layers if layer["eligible"]})
     st.caption(
         f"Pattern {', '.join(patterns)}. Compliance is the share of groups with at most N non-zero weights: while the "
-        "masks learn, under the initial masks; after recovery, of the baked weights."
+        "masks learn, under the initial masks; after recovery, of the baked weights. Position columns: the share of the "
+        "kept weights on each of the M positions; their colours span a quarter around an even share."
     )
     live_plot(
         charts.compliance_heatmap(layers, run.id),

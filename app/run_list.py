@@ -10,6 +10,11 @@ from prunedm import shelf
 
 EVERY = 2.0  # seconds
 MOST_ROWS = 14  # of the table before it scrolls
+SOMETIMES = {  # columns that are shown where a run has something to say in them
+    "tags": lambda row: row.notes.tags,
+    "note": lambda row: row.notes.note,
+    "problem": lambda row: row.problem,
+}
 PICKED, SHOWN, TABLE = "runs.picked", "runs.shown", "runs.table"
 WANTED, STATE, TAGS, ARCHIVED = "runs.text", "runs.state", "runs.tags", "runs.archived"
 
@@ -85,7 +90,7 @@ def table(rows: list[Row]) -> None:
         st.session_state[TABLE] = {"selection": {"rows": places, "columns": [], "cells": []}}
     st.session_state[SHOWN] = ids
     columns = run_table.columns()
-    empty = [] if any(row.problem for row in rows) else ["problem"]
+    empty = [name for name in SOMETIMES if not any(map(SOMETIMES[name], rows))]
     st.dataframe(
         run_table.frame(rows),
         key=TABLE,

@@ -223,7 +223,7 @@ def rest() -> dict[str, Any]:
         st.session_state.setdefault(key(name), known[name].default)
     a, b, c = st.columns(3)
     objectives = {}
-    for name, label, column in (("quality", "To be small", a), ("cost", "and weighed against", b)):
+    for name, label, column in (("quality", "Minimise", a), ("cost", "Against", b)):
         field = Objectives.model_fields[name]
         choices = get_args(field.annotation)
         st.session_state.setdefault(key(name), field.default)

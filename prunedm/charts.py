@@ -19,8 +19,10 @@ Figure = dict[str, Any]
 COLORS = {"finetune": "#0072B2", "mask": "#D55E00", "recover": "#009E73"}
 VARIANT_COLORS = {"dense": "#56B4E9", "structured": "#E69F00", "nm": "#009E73"}
 GREY = "#808495"
+FONT = '"Source Sans", "Source Sans Pro", system-ui, sans-serif'  # the lab's own
 GRID = "rgba(128,128,128,.2)"
 LARGEST_TRACE = 1000
+UNEVEN = 0.25  # of an even share: where the colours of position balance end
 SMOOTHING = 0.9
 NOISY = ("loss", "residual", "advantage", "grad_norm", "mask_grad_norm")
 LABELS = {
@@ -178,7 +180,10 @@ def evolution_heatmap(
 
 
 def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
-    """Layers x figures: compliance, density and the share kept on each of the M positions."""
+    """Layers x figures: compliance, density and the share kept on each of the M positions.
+
+    The colours of a position span :data:`UNEVEN` around an even share: else no imbalance would be seen.
+    """
     shown = [la for la in layers if la["compliance"] is not None]
     widest = max((len(la["position_balance"]) for la in shown), default=0)
     columns = ["compliance", "density", *(f"position {i}" for i in range(widest))]
@@ -186,7 +191,8 @@ def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
     for la in shown:
         balance = la["position_balance"]
         missing = [None] * (widest - len(balance))
-        rows.append([la["compliance"], la["density"], *(share * len(balance) / 2 for share in balance), *missing])
+        shades = [min(1, max(0, 0.5 + (share * len(balance) - 1) / (2 * UNEVEN))) for share in balance]
+        rows.append([la["compliance"], la["density"], *shades, *missing])
         texts.append([f"{v:.0%}" for v in (la["compliance"], la["density"], *balance)] + [""] * len(missing))
     trace = {
         "type": "heatmap",
@@ -325,10 +331,10 @@ def layout(x: str, y: str, view: str) -> dict[str, Any]:
         "margin": {"l": 60, "r": 10, "t": 40, "b": 45},
         "legend": {"orientation": "h", "y": 1.15},
         "uirevision": view,
-        "font": {"color": GREY},
+        "font": {"color": GREY, "family": FONT},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY},  # plotly would lay a grey box behind its buttons
         "xaxis": axis | {"title": {"text": x}},
-        "yaxis": axis | {"title": {"text": y}},
+        "yaxis": axis | {"title": {"text": y, "standoff": 12}},  # else long numbers reach into it
     }

@@ -10,7 +10,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app import lab, mask_views
-from prunedm import learn, pipeline, store
+from prunedm import learn, pipeline, snapshots, store
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe
 
@@ -236,7 +236,7 @@ def test_the_form_predicts_and_prints_the_command(runs):
     app = open_page("launch")
     app.number_input(key="recipe.prune.target").set_value(0.6).run()
     assert not app.exception
-    after = next(m for m in app.metric if m.label == "after stage 1")
+    after = next(m for m in app.metric if m.label == "After stage 1")
     assert abs(1 - int(after.value.replace(",", "")) / 2_734_945 - 0.6) < 0.02
     command = next(c.value for c in app.code if c.language == "bash")
     assert "--set prune.target=0.6" in command
@@ -285,11 +285,17 @@ def test_every_heatmap_of_the_masks_has_its_table(with_done):
     for _, row in (pair for frame in sets for pair in frame.iterrows()):
         assert row.drop("layer").tolist() == layers[row["layer"]]["pattern_shares"]
     assert sum(map(len, sets)) == sum(la["pattern"] == "2:4" for la in layers.values() if la["pattern_shares"])
-    masks = [frame.value for frame in open_page("monitor", tab="Masks").dataframe]
-    first = mask_views.snapshots.masked_layers(with_done)[0]
+    app = open_page("monitor", tab="Masks")
+    masks = [frame.value for frame in app.dataframe]
+    shown = app.selectbox(key="mask_layer").value
+    (first,) = (layer for layer in snapshots.masked_layers(with_done) if layer["layer"] == shown)
     last, initial = with_done.mask_snapshots()[-1], with_done.mask_snapshots()[0]
     assert (masks[0].to_numpy() == mask_views.kept(last, first).round(3)).all()
     assert (masks[1].to_numpy() == mask_views.changed(last, initial, first).round(3)).all()
+    figures, record = masks[2], lab.lines(with_done, store.MASK_LAYERS)[-1]
+    at = {layer["layer"]: i for i, layer in enumerate(snapshots.masked_layers(with_done))}
+    expected = [record[app.selectbox(key="mask_figure").value][at[name]] for name in figures["layer"]]
+    assert figures[f"step {record['step']}"].tolist() == expected, "a row is its layer's, in whatever order they stand"
 
 
 @pytest.mark.parametrize("tab", ["Curves", "Masks", "Compliance", "Samples", "Log", "Recipe", "System"])
