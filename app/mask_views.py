@@ -122,8 +122,8 @@ def compliance(run: Run) -> None:
     patterns = sorted({layer["pattern"] for layer in layers if layer["eligible"]})
     st.caption(
         f"Pattern {', '.join(patterns)}. Compliance is the share of groups with at most N non-zero weights: while the "
-        "masks learn, under the initial masks; after recovery, of the baked weights. Position columns: the share of the "
-        "kept weights on each of the M positions; their colours span a quarter around an even share."
+        "masks learn, under the initial masks; after recovery, of the baked weights. Positions: the share of the kept "
+        "weights on each of the M; their colours span a quarter around an even share."
     )
     live_plot(
         charts.compliance_heatmap(layers, run.id),
