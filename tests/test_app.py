@@ -44,7 +44,7 @@ def in_state(runs, status, **changes):
 def interrupted(runs):
     run = in_state(runs, "running", stage="mask", step=3, of=10)
     raw = store.read_json(run.folder / "state.json")
-    store.write_json(run.folder / "state.json", raw | {"pid_started": 1.0})
+    store.write_json(run.folder / "state.json", raw | {"began": 1.0})
     return run
 
 

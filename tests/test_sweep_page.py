@@ -304,7 +304,7 @@ def test_a_trial_of_a_killed_server_is_shown_as_interrupted(runs):
     trial = study.ask()
     run = store.create(runs, Recipe(name="t"))
     run.claim(run.state(), "running")
-    store.write_json(run.folder / "state.json", store.read_json(run.folder / "state.json") | {"pid_started": 1.0})
+    store.write_json(run.folder / "state.json", store.read_json(run.folder / "state.json") | {"began": 1.0})
     trial.set_user_attr("run", run.id)
     app = open_page()
     assert status(app) == ["stopped"] and app.dataframe[0].value["state"].tolist() == ["⚡ interrupted"]
