@@ -85,10 +85,10 @@ def run_command(
 @app.command()
 def resume(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
     """Go on with a stopped, failed or interrupted run."""
-    from . import pipeline, store
+    from . import store
 
     found = store.find(runs_dir, run)
-    pipeline.resumable(found)
+    found.take()
     _work(found, as_json)
 
 

@@ -14,12 +14,12 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from . import store
+from . import owner, store
 from .recipe import Recipe
-from .records import RESUMABLE
 from .store import Run
 
 SWITCH_INTERVAL = 0.0005  # seconds
+RETRY = 10.0  # seconds between tries to write an ending that a full disk refused
 _ENGINE = threading.Lock()
 WARM_UP_DELAY = 2.0  # seconds: the first page comes first, then torch is imported
 
@@ -31,7 +31,13 @@ def load_engine() -> None:
     "cannot import name". Whoever is about to use the engine on a thread calls this first.
     """
     with _ENGINE:
+        first = "prunedm.pipeline" not in sys.modules
         importlib.import_module("prunedm.pipeline").import_all()
+        if first:
+            # A full collection over torch's objects takes 0.3 s with the interpreter locked (measured): modules
+            # never die, so take them out of its sight. Not later, or the models of a run would be out of it too.
+            gc.collect()
+            gc.freeze()
 
 
 class Jobs:
@@ -39,6 +45,7 @@ class Jobs:
 
     def __init__(self, runs_dir: Path, workers: int = 1) -> None:
         store.check_writable(runs_dir)
+        owner.call_this_process("the lab")
         # Training gives the interpreter's lock up at each operation; a page's script that then runs keeps
         # it for this long. The default of 5 ms costs training a third of its rate beside a busy page.
         sys.setswitchinterval(SWITCH_INTERVAL)
@@ -51,15 +58,7 @@ class Jobs:
 
     def warm_up(self) -> None:
         """Import the heavy modules in the background, so that the first job starts at once."""
-
-        def load() -> None:
-            load_engine()
-            # A full collection over torch's objects takes 0.3 s with the interpreter locked (measured):
-            # modules never die, so take them out of its sight.
-            gc.collect()
-            gc.freeze()
-
-        timer = threading.Timer(WARM_UP_DELAY, load)
+        timer = threading.Timer(WARM_UP_DELAY, load_engine)
         timer.daemon = True
         timer.start()
 
@@ -75,13 +74,7 @@ class Jobs:
 
     def resume(self, run: Run) -> None:
         """Queue a stopped, failed or interrupted run again."""
-        with self._lock:
-            state = run.state()
-            if run.id in self._waiting or state.status not in RESUMABLE:
-                raise store.StoreError(f"run {run.id} is {state.status}; it cannot be resumed")
-            run.clear_stop()
-            run.clear_pause()
-            run.claim(state, "queued")
+        run.take()
         self._put(run)
 
     def stop(self, run: Run) -> None:
@@ -104,13 +97,21 @@ class Jobs:
         self._queue.put(run)
 
     def _work(self) -> None:
+        wait = None
         while True:
-            run = self._queue.get()
-            with self._lock:
-                if run.id not in self._waiting:
-                    continue  # stopped while it waited
+            with suppress(queue.Empty):
+                run = self._queue.get(timeout=wait)
+                if self._begins(run):
+                    self._execute(run)
+            wait = None if store.write_endings() else RETRY
+
+    def _begins(self, run: Run) -> bool:
+        """Whether a run whose turn has come still waits, and was not stopped meanwhile; it waits no longer."""
+        with self._lock:
+            waits = run.id in self._waiting
+            if waits:
                 self._waiting.remove(run.id)
-            self._execute(run)
+        return waits
 
     def _execute(self, run: Run) -> None:
         load_engine()
@@ -118,7 +119,11 @@ class Jobs:
 
         try:
             pipeline.execute(run)
-        except Exception as error:  # noqa: BLE001  (the queue goes on whatever one run does)
-            # Not the pipeline's failures, which it records: the folder is gone, locked or full.
+        except store.Busy:
+            pass  # it is another process's to end
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (the queue goes on whatever one run does)
+            # Not the pipeline's failures, which it records: the folder is gone, damaged or full.
             with suppress(OSError, store.StoreError):
                 run.end(run.state(), "failed", failure.plain_words(error))
+        gc.collect()  # what a failed run held goes back before the next one begins
+        pipeline.free_device_memory()
