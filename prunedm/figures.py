@@ -260,7 +260,7 @@ def held(one: Judged) -> str:
     if one.get("fid") is not None:
         images, real = f"{one.get('fid_images')} images", one.get("sampling.data")
         how = ", ".join(part for part in (images, sampled(one), f"real images {real}" if real else "") if part)
-        parts.append(f"{names_of(one)['fid']} and the like: {how}")
+        parts.append(f"{names_of(one)['fid']}, {names_of(one)['kid']}: {how}")
     if one.get("validation_loss") is not None:
         parts.append(f"validation loss: {_validated(one) or 'images not recorded'}")
     if one.get("latency_ms") is not None:

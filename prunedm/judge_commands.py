@@ -18,7 +18,7 @@ from .terminal import AsJson, RunsDir
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .comparison import Judged
+    from .comparison import Axis, Judged
     from .judging import Request
 
 
@@ -297,14 +297,23 @@ def _print_comparison(judged: list[Judged]) -> None:
             _shown(one.get("kid"), "{:.5f}"),
             _shown(one.get("latency_ms"), "{:.1f}"),
         ]
-        own = [f"{quality.short} / {cost.short}" for quality, cost, is_on in fronts.get(id(one), []) if is_on]
-        table.add_row(one.label, *cells, ", ".join(own))
+        table.add_row(one.label, *cells, _fronts(fronts.get(id(one), []), called["fid"]))
     console = _console()
     console.print(table)
+    console.print("On a front: no other model here is as good at both quality and cost, and better at one.")
     _print_conditions(console, judged)
     _print_warnings(console, judged)
     if len({one.get("speed_session") for one in judged}) > 1:
         console.print("Latencies were taken at different times; --measure times all models in turn.")
+
+
+def _fronts(found: list[tuple[Axis, Axis, bool]], distance: str) -> str:
+    """The fronts that a model is on, in a line a quality: 'loss against MACs, bytes'."""
+    costs: dict[str, list[str]] = {}
+    for quality, cost, is_on in found:
+        if is_on:
+            costs.setdefault(distance if quality.key == "fid" else quality.short, []).append(cost.short)
+    return "\n".join(f"{quality} against {', '.join(names)}" for quality, names in costs.items())
 
 
 def _print_conditions(console: Console, judged: list[Judged]) -> None:

@@ -571,7 +571,7 @@ def test_a_figures_cell_has_its_interval_and_difference_beneath():
 def test_close_points_have_their_names_apart():
     models = [model_charts.Model("a"), model_charts.Model("b"), model_charts.Model("c")]
     figure = model_charts.pareto(models, [(1, 1.0), (1.1, 1.05), (9, 0.1)], [True, False, True], ("x", "y"), "v")
-    assert [t["textposition"] for t in figure["data"][1:]] == ["bottom right", "top right", "top left"]
+    assert [t["textposition"] for t in figure["data"][1:]] == ["bottom right", "top right", "bottom left"]
     assert (figure["data"][0]["x"], figure["data"][0]["y"]) == ([1, 9], [1.0, 0.1]), "the line joins the front alone"
 
 
