@@ -186,6 +186,7 @@ def validation(model: Diffusion, settings: Eval, images: data.Images) -> dict[st
         "validation_errors": [float(f"{error:.6g}") for error in errors.tolist()],
         "loss_bins": diffusion.by_bin(errors, batches, steps),
         "timesteps": steps,
+        "prediction_type": model.scheduler.config.prediction_type,
     }
 
 

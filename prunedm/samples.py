@@ -19,7 +19,7 @@ from .recipe import Eval
 from .seeds import derive
 from .unet import Diffusion
 
-PIXELS, MOST = 64 * 64 * 64, 64  # a chunk has so many pixels at most, and so many images
+PIXELS, MOST = diffusion.CALL_PIXELS, 64  # a chunk has so many pixels at most, and so many images
 KIND = "samples"
 
 
@@ -39,10 +39,11 @@ class SampleSet:
     def __init__(self, model: Diffusion, fingerprint: str, settings: Eval, use: str = "evaluation") -> None:
         self.model, self.settings, self.use = model, settings, use
         _, height, width = model.image_shape
-        self.size = max(1, min(MOST, PIXELS // (height * width)))
-        device = next(model.unet.parameters()).device.type
-        how = (settings.sampler, settings.steps, settings.eta, settings.seed, use, self.size)
-        self.folder = cache.folder(KIND) / cache.digest(fingerprint, how, device, torch.__version__)
+        device = next(model.unet.parameters()).device
+        call, most = diffusion.call_size(model.image_shape, device), max(1, min(MOST, PIXELS // (height * width)))
+        self.size = most - most % call or most  # whole calls, so that none is filled up in vain
+        how = (settings.sampler, settings.steps, settings.eta, settings.seed, use, self.size, call)
+        self.folder = cache.folder(KIND) / cache.digest(fingerprint, how, device.type, torch.__version__)
 
     def chunks(self, count: int) -> int:
         """How many chunks hold so many images."""
