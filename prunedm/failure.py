@@ -30,7 +30,7 @@ def plain_words(error: BaseException) -> str:
         return f"out of memory; halve data.batch_size (calibrating: prune.calibration_images) ({text[:120]})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full; free some space and resume"
-    known = isinstance(error, ValueError | ArithmeticError)
+    known = isinstance(error, ValueError | ArithmeticError | ConnectionError)
     return text if known and text else f"{error.__class__.__name__}: {text or 'no message'}"
 
 

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from . import failure, system
+from . import failure, parallel, shared_run, system
 from .inputs import InputError
 from .progress import MetricsWriter
 from .records import RESUMABLE, Step
@@ -27,10 +27,12 @@ def execute(
     """Run or resume; returns the final status: done, stopped or failed. Records every ending.
 
     ``stop`` is asked after each step; so are the run's request files, through which other processes ask
-    it to stop, to pause and to go on.
+    it to stop, to pause and to go on. Where several ranks work on the run, all of them call this, and rank 0
+    answers for all.
     """
     from . import training
 
+    run = shared_run.of(run)
     with run.lock(), training.memory_kept(), system.sampled(run):
         state = run.state()
         run.claim(state, "running")
@@ -64,11 +66,15 @@ def _recorded_steps(run: Run, writer: MetricsWriter, stop: Callable[[], bool]) -
     """The pipeline's steps, each recorded and then followed by a look at requests to stop and to pause."""
 
     def told_to_stop() -> bool:
-        return stop() or run.stop_requested()
+        return bool(parallel.decide(stop() or run.stop_requested()))
 
     state, started = writer.state, time.time()
     before, state.started, state.ended = state.seconds, started, None
-    run.event("started", stages_done=list(state.stages_done))
+    ranks = {"ranks": parallel.size()} if parallel.size() > 1 else {}
+    run.event("started", stages_done=list(state.stages_done), **ranks)
+    for line in (f"{parallel.size()} ranks work on this run" if ranks else "", parallel.lonely()):
+        if line:
+            run.log(line)
     run.log(f"started (stages done: {', '.join(state.stages_done) or 'none'})")
     if told_to_stop():
         raise Stopped
@@ -92,7 +98,7 @@ def _hold(work: Pipeline, told_to_stop: Callable[[], bool]) -> float:
     run is asked to stop meanwhile.
     """
     run, writer = work.run, work.writer
-    if not run.pause_requested():
+    if not parallel.decide(run.pause_requested()):
         return 0.0
     work.save_checkpoint()
     began = time.monotonic()
@@ -100,7 +106,7 @@ def _hold(work: Pipeline, told_to_stop: Callable[[], bool]) -> float:
     run.event("paused")
     run.log("paused")
     writer.flush()
-    while run.pause_requested():
+    while parallel.decide(run.pause_requested()):
         if told_to_stop():
             raise Stopped
         time.sleep(LOOK_EVERY)

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "records", "owner", "bundled", "jsonl", "store",
-    "system", "glossary", "cache", "comparison", "shelf",
+    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "records", "parallel", "owner", "bundled", "jsonl", "store",
+    "shared_run", "system", "glossary", "cache", "comparison", "shelf",
     "progress", "snapshots", "pictures", "pattern", "steps", "charts", "model_charts", "packed",
     "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
