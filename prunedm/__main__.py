@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from . import (
     export_commands,
     judge_commands,
     mask_commands,
+    parallel,
     plan_command,
     pretrain_command,
     shelf_commands,
@@ -72,24 +74,30 @@ def run_command(
     """Run the pipeline: prune, fine-tune, learn masks, recover, evaluate, report."""
     from . import recipe as recipes
 
-    recipe = recipes.resolve(recipe_file, preset, assignments, name)
-    from . import inputs, store
+    def made() -> str:
+        recipe = recipes.resolve(recipe_file, preset, assignments, name)
+        from . import inputs, store
 
-    inputs.load_inputs(recipe, runs_dir)
-    if dry_run:
-        _print_preview(recipe, inputs.preview(recipe, runs_dir), as_json)
-        return
-    _work(store.create(runs_dir, inputs.absolute(recipe, runs_dir)), as_json)
+        inputs.load_inputs(recipe, runs_dir)
+        if dry_run:
+            _print_preview(recipe, inputs.preview(recipe, runs_dir), as_json)
+            return ""
+        return store.create(runs_dir, inputs.absolute(recipe, runs_dir)).id
+
+    _work(made, runs_dir, as_json)
 
 
 @app.command()
 def resume(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
     """Go on with a stopped, failed or interrupted run."""
-    from . import store
 
-    found = store.find(runs_dir, run)
-    found.take()
-    _work(found, as_json)
+    def found() -> str:
+        from . import store
+
+        store.find(runs_dir, run).take()
+        return run
+
+    _work(found, runs_dir, as_json)
 
 
 @app.command("ls")
@@ -156,24 +164,48 @@ def doctor(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def _work(run: Run, as_json: bool) -> None:
-    """Execute with progress bars; Ctrl-C stops after the step at hand, a second one at once."""
-    from . import pipeline, report
+def _work(find: Callable[[], str], runs_dir: Path, as_json: bool) -> None:
+    """Execute the run whose id ``find`` gives (nothing where it gives none), on all ranks that were started."""
+    parallel.join()
+    run_id = parallel.shared(find)
+    if not run_id:
+        return
+    from . import store
 
+    run = store.Run(runs_dir / run_id)
+    if note := parallel.lonely():
+        print(note, file=sys.stderr)
     began = time.monotonic()
-    with interruptions("run") as stop, _Progress() as bars:
-        status = pipeline.execute(run, bars, stop)
+    status = _execute(run)
+    if parallel.is_writer():
+        _tell_ending(run, status, time.monotonic() - began, as_json)
+    raise typer.Exit({"done": 0, "failed": FAILED}.get(status, INTERRUPTED))
+
+
+def _execute(run: Run) -> str:
+    """With rank 0's progress bars; Ctrl-C stops after the step at hand, a second one at once."""
+    from . import pipeline
+
+    with interruptions("run") as stop:
+        if not parallel.is_writer():
+            return pipeline.execute(run, stop=stop)
+        with _Progress() as bars:
+            return pipeline.execute(run, bars, stop)
+
+
+def _tell_ending(run: Run, status: str, seconds: float, as_json: bool) -> None:
+    from . import report
+
     console = _console()
     if status == "done":
         _print_figures(run)
-        console.print(f"{run.id} done in {time.monotonic() - began:.0f} s; report: {run.report_path}")
+        console.print(f"{run.id} done in {seconds:.0f} s; report: {run.report_path}")
     else:
         error = run.state().error
         console.print(f"{run.id} {status}" + (f": {error}" if error else ""), highlight=False)
         console.print(f"go on with: python -m prunedm resume {run.id} --runs-dir {run.folder.parent}")
     if as_json:
         print(json.dumps(report.summary(run)))
-    raise typer.Exit({"done": 0, "failed": FAILED}.get(status, INTERRUPTED))
 
 
 class _Progress:
@@ -294,6 +326,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; bad input is one line on standard error."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        if parallel.launched() > 1 and given[:1] not in (["run"], ["resume"]):
+            raise parallel.LaunchError(
+                f"ranks work on run and resume only; start {given[:1] or 'this'} without a launcher"
+            )
         return app(given or ["--help"], standalone_mode=False) or 0
     except typer.TyperException as error:
         print(f"error: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)
@@ -301,6 +337,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except parallel.RankLost as error:
+        if parallel.is_writer():  # where rank 0 has failed, it has said why
+            print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except OSError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
@@ -310,4 +350,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())

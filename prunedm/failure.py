@@ -40,7 +40,7 @@ def plain_words(error: BaseException, field: str | None = None) -> str:
         return f"out of memory; {what} ({text[:120] or 'Python could not get any'})"
     if disk_full(error):
         return "the disk is full; free some space and resume"
-    known = isinstance(error, ValueError | ArithmeticError)
+    known = isinstance(error, ValueError | ArithmeticError | ConnectionError)
     return text if known and text else f"{error.__class__.__name__}: {text or 'no message'}"
 
 

@@ -105,6 +105,10 @@ class Train(Section):
         "importance: where the loss is large, reweighted so as to stay unbiased",
     )
     min_snr: float | None = Field(None, gt=0, le=1e4, description="min-SNR loss weighting; 5 is its paper's gamma")
+    accumulate: int = Field(
+        1, ge=1, le=4096, description="parts of a batch that are passed one after another: less memory, the same step"
+    )
+    compile: bool = Field(False, description="torch.compile: minutes to begin with, then often quicker on a GPU")
 
 
 SAMPLERS = ("ddim", "ddpm", "dpm-solver++", "euler")

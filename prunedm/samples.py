@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cache, diffusion
+from . import cache, diffusion, parallel
 from .extractors import Extractor
 from .recipe import Eval
 from .seeds import derive
@@ -50,13 +50,23 @@ class SampleSet:
         return -(-count // self.size)
 
     def stream(self, count: int, extractor: Extractor) -> Iterator[Chunk]:
-        """The first ``count`` images and their features, a chunk at a time, from disk or made now."""
-        for i in range(self.chunks(count)):
-            images = self._images(i)
-            features = self._features(i, images, extractor)
+        """The first ``count`` images and their features, a chunk at a time, from disk or made now.
+
+        Ranks deal the chunks out, so all of them must call.
+        """
+        own: dict[int, Tensor] = {}
+
+        def images_of(i: int) -> Tensor:
+            own[i] = self._images(i)
+            return own[i]
+
+        made = parallel.dealt(self.chunks(count), images_of)
+        seen = parallel.dealt(self.chunks(count), lambda i: self._features(i, own.pop(i), extractor))
+        for i, (images, features) in enumerate(zip(made, seen)):
             kept = min(self.size, count - i * self.size)
             yield Chunk(images[:kept], features[:kept])
-        cache.trim(KIND, self.folder)
+        if parallel.is_writer():
+            cache.trim(KIND, self.folder)
 
     def images(self, start: int, stop: int) -> Tensor:
         """The images at places ``start`` to ``stop`` (less one): only their own chunks are read or made."""

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import parallel
+
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130  # exit statuses
 
 RunsDir = Annotated[Path, typer.Option("--runs-dir", envvar="PRUNEDM_RUNS", help="folder of the runs")]
@@ -19,17 +21,24 @@ AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on the las
 
 @contextmanager
 def interruptions(work: str) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed while ``work`` goes on; a second one ends the program at once."""
+    """Whether Ctrl-C was pressed while ``work`` goes on; a second one ends the program at once.
+
+    A launcher that ends its ranks sends them SIGTERM and waits: they stop likewise, all after the same step.
+    """
     asked: list[int] = []
+    ranks = parallel.size() > 1
 
     def on_interrupt(number: int, frame: Any) -> None:
         asked.append(number)
-        if len(asked) > 1:
+        if len(asked) > 1 and not ranks:
             raise KeyboardInterrupt
-        print(f"stopping after this step; the {work} can be resumed", file=sys.stderr)
+        if len(asked) == 1 and parallel.is_writer():
+            print(f"stopping after this step; the {work} can be resumed", file=sys.stderr)
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+    watched = (signal.SIGINT, signal.SIGTERM) if ranks else (signal.SIGINT,)
+    previous = [signal.signal(number, on_interrupt) for number in watched]
     try:
         yield lambda: bool(asked)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in zip(watched, previous):
+            signal.signal(number, handler)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bundled, packed
+from . import bundled, packed, parallel
 from .store import VARIANT_RECORD, read_json, write_atomic, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -210,7 +210,7 @@ def follows_config(unet: nn.Module) -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
-    """A recipe's device; ModelError says what is missing."""
+    """A recipe's device, of this rank; ModelError says what is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
@@ -220,7 +220,7 @@ def resolve_device(name: str) -> torch.device:
             raise ModelError(f"device={name}: this machine has {count} CUDA devices; use device: auto")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ModelError("device=mps: no Apple GPU is available here; use device: auto")
-    return torch.device(name)
+    return parallel.own_device(torch.device(name))
 
 
 def parameters(unet: nn.Module) -> int:

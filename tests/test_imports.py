@@ -9,9 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "giveway", "records", "owner", "bundled", "files",
-    "jsonl", "store",
-    "system", "glossary", "cache", "devices", "comparison", "shelf",
+    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "giveway", "records", "parallel", "owner", "bundled",
+    "files", "jsonl", "store", "shared_run", "system", "glossary", "cache", "devices", "comparison", "shelf",
     "progress", "snapshots", "pictures", "pattern", "steps", "charts", "model_charts", "packed",
     "pruned_unet", "unet", "sources", "data", "ledger", "diffusion", "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
