@@ -9,7 +9,8 @@ if str(ROOT) not in sys.path:
 
 import streamlit as st  # noqa: E402
 
-from app import parts  # noqa: E402
+from app import lab, parts  # noqa: E402
+from prunedm import logs  # noqa: E402
 
 PAGES = {
     "Lab": [
@@ -25,6 +26,7 @@ PAGES = {
         st.Page(ROOT / "pages" / "system.py", title="System", url_path="system"),
     ],
 }
+logs.keep_server_log(lab.runs_dir())
 LOGO = str(ROOT / "assets" / "logo.png")
 page = st.navigation(PAGES)
 st.set_page_config(page_title=f"{page.title} · PruneDM Lab", page_icon=LOGO, layout="wide")

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import store
+from .logs import LOGGER
 from .recipe import Recipe
 from .records import RESUMABLE
 from .store import Run
@@ -117,8 +118,10 @@ class Jobs:
         from . import failure, pipeline
 
         try:
-            pipeline.execute(run)
+            status = pipeline.execute(run)
+            LOGGER.info("run %s: %s", run.id, status)
         except Exception as error:  # noqa: BLE001  (the queue goes on whatever one run does)
             # Not the pipeline's failures, which it records: the folder is gone, locked or full.
+            LOGGER.exception("run %s could not be worked on", run.id)
             with suppress(OSError, store.StoreError):
                 run.end(run.state(), "failed", failure.plain_words(error))
