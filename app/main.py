@@ -9,7 +9,8 @@ if str(ROOT) not in sys.path:
 
 import streamlit as st  # noqa: E402
 
-from app import parts  # noqa: E402
+from app import lab, parts  # noqa: E402
+from prunedm import logs  # noqa: E402
 
 PAGES = {
     "Lab": [
@@ -26,6 +27,8 @@ PAGES = {
     ],
 }
 SIDEBAR = 220  # pixels: tables and charts need the rest
+
+logs.keep_server_log(lab.runs_dir())
 LOGO = str(ROOT / "assets" / "logo.png")
 page = st.navigation(PAGES)
 st.set_page_config(

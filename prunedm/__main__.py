@@ -145,10 +145,25 @@ def show(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) ->
 
 
 @app.command()
-def doctor(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
-    """Look at environment, devices, versions and disk: what is missing and what to do."""
+def doctor(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="of the bundle", show_default=False)
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    bundle: Annotated[
+        bool, typer.Option("--bundle", help="make a zip for whoever helps, of the runs named or the newest")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="the zip of --bundle", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at environment, devices, versions and disk: what is missing and what to do; or put it into a bundle."""
     from . import environment
 
+    if bundle:
+        _bundle(runs_dir, runs or [], out, as_json)
+        return
+    if runs or out:
+        raise typer.BadParameter(f"{'RUN' if runs else '--out'} belongs to a bundle; add --bundle")
     checks = environment.checks(runs_dir)
     if as_json:
         print(json.dumps([vars(check) for check in checks]))
@@ -162,6 +177,18 @@ def doctor(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
         _console().print(table)
     if not all(check.ok for check in checks):
         raise typer.Exit(FAILED)
+
+
+def _bundle(runs_dir: Path, runs: list[str], out: Path | None, as_json: bool) -> None:
+    from . import support
+
+    path = out or Path(support.file_name())
+    names = support.write(runs_dir, runs, path)
+    if as_json:
+        print(json.dumps({"bundle": str(path), "contents": names}))
+    else:
+        print("\n".join(names))
+        print(f"{path} holds these; nothing private is meant to be in it: look before you pass it on")
 
 
 def _work(find: Callable[[], str], runs_dir: Path, as_json: bool) -> None:

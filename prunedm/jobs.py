@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import owner, store
+from .logs import LOGGER
 from .recipe import Recipe
 from .store import Run
 
@@ -118,11 +119,13 @@ class Jobs:
         from . import failure, pipeline
 
         try:
-            pipeline.execute(run)
-        except store.Busy:
-            pass  # it is another process's to end
+            status = pipeline.execute(run)
+            LOGGER.info("run %s: %s", run.id, status)
+        except store.Busy as busy:
+            LOGGER.info("run %s: left alone: %s", run.id, busy)  # it is another process's to end
         except (Exception, SystemExit) as error:  # noqa: BLE001  (the queue goes on whatever one run does)
             # Not the pipeline's failures, which it records: the folder is gone, damaged or full.
+            LOGGER.exception("run %s could not be worked on", run.id)
             with suppress(OSError, store.StoreError):
                 run.end(run.state(), "failed", failure.plain_words(error))
         gc.collect()  # what a failed run held goes back before the next one begins
