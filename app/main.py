@@ -9,7 +9,7 @@ if str(ROOT) not in sys.path:
 
 import streamlit as st  # noqa: E402
 
-from app import parts  # noqa: E402
+from app import login, parts  # noqa: E402
 
 PAGES = {
     "Lab": [
@@ -26,6 +26,7 @@ PAGES = {
     ],
 }
 LOGO = str(ROOT / "assets" / "logo.png")
+login.guard()
 page = st.navigation(PAGES)
 st.set_page_config(page_title=f"{page.title} · PruneDM Lab", page_icon=LOGO, layout="wide")
 st.logo(LOGO, size="large")

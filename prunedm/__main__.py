@@ -1,5 +1,5 @@
 """The command line: ``python -m prunedm run|resume|sweep|pause|continue|stop|ls|show|tag|note|archive|rm|trash``,
-``doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
+``lab|doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
@@ -19,6 +19,7 @@ from . import (
     control_commands,
     export_commands,
     judge_commands,
+    lab_command,
     mask_commands,
     pretrain_command,
     shelf_commands,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(mask_commands.app, name="masks")
+app.command()(lab_command.lab)
 app.command()(pretrain_command.pretrain)
 app.command()(judge_commands.evaluate)
 app.command()(judge_commands.compare)

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "records", "owner", "bundled", "jsonl", "store",
-    "system", "glossary", "cache", "comparison", "shelf",
+    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "records", "owner", "bundled", "password", "jsonl",
+    "store", "system", "glossary", "cache", "comparison", "shelf",
     "progress", "snapshots", "pictures", "pattern", "steps", "charts", "model_charts", "packed",
     "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
@@ -23,7 +23,7 @@ ORDER = [  # a module may import those above it only
     "sweep_ranges", "sweep_spec", "sweep_trials", "sweep_sampler", "sweep", "sweep_watch", "sweep_worker",
     "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "control_commands",
     "shelf_commands",
-    "sweep_commands", "__main__",
+    "sweep_commands", "lab_command", "__main__",
 ]  # fmt: skip
 
 
