@@ -41,7 +41,7 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
     "frame-ancestors 'none'; base-uri 'none'",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with no-referrer the form itself would come from the origin null
     "X-Content-Type-Options": "nosniff",
 }
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title} · PruneDM Lab</title>
