@@ -26,11 +26,13 @@ from . import (
     sweep_commands,
 )
 from .terminal import BAD_INPUT, FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
+from .untrusted import one_line
 
 if TYPE_CHECKING:
     from .recipe import Recipe
     from .store import Run
 
+LONGEST_ERROR = 1000  # characters on the terminal
 app = typer.Typer(
     help="Prune diffusion models: structured channel pruning, then learned N:M masks.",
     add_completion=False,
@@ -296,16 +298,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return app(given or ["--help"], standalone_mode=False) or 0
     except typer.TyperException as error:
-        print(f"error: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)
+        print(f"error: {one_line(error.format_message().rstrip('.'), LONGEST_ERROR)}; see --help", file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_ERROR)}", file=sys.stderr)
         return FAILED
     except ValueError as error:  # RecipeError, ModelError, StoreError, InputError: all one line
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_ERROR)}", file=sys.stderr)
         return BAD_INPUT
 
 

@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 from .recipe import Recipe, flatten
+from .untrusted import one_line
 
 SMALLER_STEP = 3  # a rate that diverged is divided by this
 
@@ -25,7 +26,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def plain_words(error: BaseException) -> str:
     """A failure in one line."""
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     if out_of_memory(error):
         return f"out of memory; halve data.batch_size (calibrating: prune.calibration_images) ({text[:120]})"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -17,7 +17,8 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from .imports import LARGEST_TEXT, MIB, NAME, ModelImportError, forget_exports, in_one_line, require_model
+from .imports import NAME, ModelImportError, forget_exports, in_one_line, require_model
+from .untrusted import LARGEST_TEXT, MIB
 
 LARGEST_ZIP, LARGEST_UNPACKED = 200 * MIB, 1024 * MIB
 LARGEST_DIRECTORY = 256 * 1024  # of a zip: what lists its files

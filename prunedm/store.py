@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 import numpy as np
 from filelock import FileLock, Timeout
 
-from . import owner
+from . import owner, untrusted
 from . import recipe as recipes
 from .jsonl import read_jsonl
 from .records import ACTIVE, STAGES, VARIANTS, LayerReport, RunState, Status
@@ -40,6 +40,7 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
 SCHEMA = 1
+LARGEST_JSON = 64 * untrusted.MIB
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
 
@@ -88,7 +89,7 @@ def write_npz(path: Path, **arrays: Any) -> None:
 def read_json(path: Path) -> Any:
     """JSON, or StoreError with the file's name."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return untrusted.read_json(path, LARGEST_JSON)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read ({error}); restore or delete the run") from error
 
@@ -273,6 +274,7 @@ class Run:
         if not path.exists():
             return None
         try:
+            untrusted.require_header(path)
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return tensors, json.loads(file.metadata()["record"])

@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "records", "owner", "bundled", "password", "jsonl",
+    "untrusted", "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "records", "owner", "bundled", "password", "jsonl",
     "store", "system", "glossary", "cache", "comparison", "shelf",
     "progress", "snapshots", "pictures", "pattern", "steps", "charts", "model_charts", "packed",
-    "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
+    "model_check", "pruned_unet", "unet", "sources", "data", "diffusion", "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
     "importance", "mask_methods", "reinforce", "learn", "diagnostics", "allocate",
     "onnx_graph", "semi_structured", "verify", "subject", "sizes", "extractors", "metrics", "faithfulness", "samples",
