@@ -1,5 +1,5 @@
 """The command line: ``python -m prunedm run|resume|sweep|plan|pause|continue|stop|ls|show|tag|note|archive|rm|trash``,
-``doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
+``lab|doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
@@ -20,6 +20,7 @@ from . import (
     control_commands,
     export_commands,
     judge_commands,
+    lab_command,
     mask_commands,
     parallel,
     plan_command,
@@ -28,11 +29,13 @@ from . import (
     sweep_commands,
 )
 from .terminal import BAD_INPUT, FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
+from .untrusted import one_line
 
 if TYPE_CHECKING:
     from .recipe import Recipe
     from .store import Run
 
+LONGEST_ERROR = 1000  # characters on the terminal
 app = typer.Typer(
     help="Prune diffusion models: structured channel pruning, then learned N:M masks.",
     add_completion=False,
@@ -41,6 +44,7 @@ app = typer.Typer(
 )
 
 app.add_typer(mask_commands.app, name="masks")
+app.command()(lab_command.lab)
 app.command()(pretrain_command.pretrain)
 app.command()(judge_commands.evaluate)
 app.command()(judge_commands.compare)
@@ -359,7 +363,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         return app(given or ["--help"], standalone_mode=False) or 0
     except typer.TyperException as error:
-        print(f"error: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)
+        print(f"error: {one_line(error.format_message().rstrip('.'), LONGEST_ERROR)}; see --help", file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
@@ -369,10 +373,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return FAILED
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_ERROR)}", file=sys.stderr)
         return FAILED
     except ValueError as error:  # RecipeError, ModelError, StoreError, InputError: all one line
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_ERROR)}", file=sys.stderr)
         return BAD_INPUT
 
 

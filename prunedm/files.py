@@ -14,6 +14,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from . import untrusted
+
+LARGEST_JSON = 64 * untrusted.MIB
+
 
 class StoreError(ValueError):
     """A file or run folder that is missing, unreadable, locked, or of a later version, in one line."""
@@ -60,7 +64,7 @@ def write_npz(path: Path, **arrays: Any) -> None:
 def read_json(path: Path) -> Any:
     """JSON, or StoreError with the file's name."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return untrusted.read_json(path, LARGEST_JSON)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read ({error}); restore or delete the run") from error
 

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from . import files, logs, owner
+from . import files, logs, owner, untrusted
 from . import recipe as recipes
 from .files import StoreError, read_json, require_known, write_atomic, write_json
 from .jsonl import read_jsonl
@@ -261,6 +261,7 @@ class Run:
         if not path.exists():
             return None
         try:
+            untrusted.require_header(path)
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return tensors, json.loads(file.metadata()["record"])
