@@ -24,9 +24,20 @@ from . import (
     shelf_commands,
     sweep_commands,
 )
-from .terminal import BAD_INPUT, FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
+from .terminal import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    Address,
+    AsJson,
+    ExecutorName,
+    RunsDir,
+    execute_by,
+    interruptions,
+)
 
 if TYPE_CHECKING:
+    from .jobs import Execute
     from .recipe import Recipe
     from .store import Run
 
@@ -65,29 +76,38 @@ def run_command(
     runs_dir: RunsDir = Path("runs"),
     name: Annotated[str | None, typer.Option(help="name of the run")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and stop")] = False,
+    executor: ExecutorName = "local",
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the pipeline: prune, fine-tune, learn masks, recover, evaluate, report."""
     from . import recipe as recipes
 
     recipe = recipes.resolve(recipe_file, preset, assignments, name)
-    from . import inputs, store
+    from . import inputs, jobs
 
-    inputs.load_inputs(recipe, runs_dir)
     if dry_run:
+        inputs.load_inputs(recipe, runs_dir)
         _print_preview(recipe, inputs.preview(recipe, runs_dir), as_json)
         return
-    _work(store.create(runs_dir, inputs.absolute(recipe, runs_dir)), as_json)
+    execute = execute_by(executor, address, runs_dir)
+    _work(jobs.prepared(recipe, runs_dir, executor == "local"), execute, as_json)
 
 
 @app.command()
-def resume(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
+def resume(
+    run: str,
+    runs_dir: RunsDir = Path("runs"),
+    executor: ExecutorName = "local",
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
     """Go on with a stopped, failed or interrupted run."""
     from . import pipeline, store
 
     found = store.find(runs_dir, run)
     pipeline.resumable(found)
-    _work(found, as_json)
+    _work(found, execute_by(executor, address, runs_dir), as_json)
 
 
 @app.command("ls")
@@ -154,13 +174,13 @@ def doctor(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def _work(run: Run, as_json: bool) -> None:
+def _work(run: Run, execute: Execute, as_json: bool) -> None:
     """Execute with progress bars; Ctrl-C stops after the step at hand, a second one at once."""
-    from . import pipeline, report
+    from . import report
 
     began = time.monotonic()
     with interruptions("run") as stop, _Progress() as bars:
-        status = pipeline.execute(run, bars, stop)
+        status = execute(run, bars, stop)
     console = _console()
     if status == "done":
         _print_figures(run)

@@ -29,9 +29,19 @@ def execute(
     ``stop`` is asked after each step; so are the run's request files, through which other processes ask
     it to stop, to pause and to go on.
     """
+    with run.lock():
+        return work(run, on_step, stop)
+
+
+def work(
+    run: Run,
+    on_step: Callable[[Step], None] = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """:func:`execute`, for the one who holds the run's lock."""
     from . import training
 
-    with run.lock(), training.memory_kept(), system.sampled(run):
+    with training.memory_kept(), system.sampled(run):
         state = run.state()
         run.claim(state, "running")
         writer = MetricsWriter(run, state)

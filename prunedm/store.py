@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
@@ -39,6 +39,7 @@ VARIANT_RECORD = "prunedm.json"  # in a variant's folder, written last: what was
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
+HEARTBEAT = ".heartbeat"  # its time is that of the owner's last sign of life, where state.json's is older
 SCHEMA = 1
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
@@ -148,6 +149,8 @@ class Run:
         numbers = (state.created, state.seconds, state.heartbeat, state.step, state.of, state.pid_started or 0)
         if state.status not in get_args(Status) or not all(isinstance(n, int | float) for n in numbers):
             raise StoreError(f"{self.folder}/state.json is damaged; restore or delete the run")
+        with suppress(FileNotFoundError):
+            state.heartbeat = max(state.heartbeat, (self.folder / HEARTBEAT).stat().st_mtime)
         if state.status in ACTIVE and not owner.lives(state, STALE_AFTER):
             state.status = "interrupted"
         elif state.status in ACTIVE and self.stop_requested():
@@ -157,6 +160,10 @@ class Run:
     def write_state(self, state: RunState) -> None:
         state.heartbeat = time.time()
         write_json(self.folder / "state.json", dataclasses.asdict(state))
+
+    def beat(self) -> None:
+        """A sign of life for other machines, from an owner that has no news to write."""
+        (self.folder / HEARTBEAT).touch()
 
     def claim(self, state: RunState, status: Status) -> None:
         """Record this process as the run's owner."""
@@ -173,11 +180,11 @@ class Run:
         self.write_state(state)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only one process works on a run; the second is told at once."""
+    def lock(self, patience: float = 0.0) -> Iterator[None]:
+        """Only one process works on a run; the second is told at once, or after ``patience`` seconds."""
         lock = FileLock(self.folder / ".lock", thread_local=False)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             raise StoreError(f"run {self.id} is already being worked on; wait for it or stop it") from None
         try:
