@@ -21,7 +21,7 @@ RunsDir = Annotated[Path, typer.Option("--runs-dir", envvar="PRUNEDM_RUNS", help
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on the last line")]
 ExecutorName = Annotated[
     Literal["local", "ray"],
-    typer.Option("--executor", envvar="PRUNEDM_EXECUTOR", help="who works: this process, or Ray"),
+    typer.Option("--executor", envvar="PRUNEDM_EXECUTOR", help="who works: this process or Ray"),
 ]
 Address = Annotated[
     str | None,
