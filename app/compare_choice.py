@@ -18,10 +18,12 @@ from app import lab, model_files, parts
 from prunedm import comparison, imports
 from prunedm.comparison import Judged
 from prunedm.records import VARIANT_LABELS, VARIANTS
+from prunedm.store import Run
 
 MOST_MODELS = 8
 IMPORTED = "models/"  # as they lie in the runs folder
 PICKED, FOLDERS, PATH = "compare_pick", "compare_folders", "compare_path"
+TIME_OF_RUN = re.compile(r"^\d{8}-\d{6}-")
 FAULT = "compare_fault"  # why a folder was not added, said once
 
 
@@ -97,8 +99,14 @@ def names(keys: list[str]) -> dict[str, str]:
 
 def short_names(keys: list[str]) -> dict[str, str]:
     """Names without the time in the run's id where they still tell the models apart."""
-    short = {key: re.sub(r"^\d{8}-\d{6}-", "", name(key)) for key in keys}
+    short = {key: TIME_OF_RUN.sub("", name(key)) for key in keys}
     return short if len(set(short.values())) == len(keys) else names(keys)
+
+
+def without_times(runs: dict[str, Run]) -> dict[str, Run]:
+    """Runs by their ids without the time, where that still tells them apart."""
+    short = {TIME_OF_RUN.sub("", run_id): run for run_id, run in runs.items()}
+    return short if len(short) == len(runs) else runs
 
 
 # --- the picker --------------------------------------------------------------------------------------

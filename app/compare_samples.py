@@ -11,7 +11,7 @@ import streamlit as st
 from PIL import Image
 
 from app import compare_views, model_files, parts
-from app.compare_choice import Known, name, names, short_names
+from app.compare_choice import Known, name, short_names
 from app.judgements import judgements
 from prunedm import pictures, seed_sheets
 from prunedm.comparison import Judged
@@ -19,7 +19,8 @@ from prunedm.recipe import Eval
 from prunedm.seed_sheets import SHEET
 
 FIRST_SEEDS = 8
-ZOOM, PICTURE, WIDE = 3, 84, 336  # least enlargement; widths of a picture in the grid and under the slider
+ZOOM, WIDE = 3, 336  # least enlargement; width of a picture under the slider
+PICTURE, LARGE, FEW = 84, 112, 3  # widths of a picture in the grid: of many models, and of so few
 DRAWING = "compare_drawing"
 Drawn = dict[str, dict[int, Image.Image]]
 
@@ -170,21 +171,21 @@ def choose_seeds(places: list[int]) -> list[int]:
 
 def grid(drawn: Drawn, seeds: list[int]) -> None:
     """Rows are seeds, columns are models; it scrolls sideways in its own box."""
-    labels = short_names(list(drawn))
+    labels, width = short_names(list(drawn)), LARGE if len(drawn) <= FEW else PICTURE
     head = "".join(f"<th scope='col'>{html.escape(labels[key])}</th>" for key in drawn)
     rows = []
     for seed in seeds:
-        cells = "".join(f"<td>{_picture(own.get(seed), key, seed)}</td>" for key, own in drawn.items())
+        cells = "".join(f"<td>{_picture(own.get(seed), key, seed, width)}</td>" for key, own in drawn.items())
         rows.append(f"<tr><th scope='row'>{seed}</th>{cells}</tr>")
     table = f"<table><thead><tr><th scope='col'>seed</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     st.html(f"{GRID_STYLE}<div class='seeds' tabindex='0' role='region' aria-label='Same-seed grid'>{table}</div>")
 
 
-def _picture(image: Image.Image | None, key: str, seed: int) -> str:
+def _picture(image: Image.Image | None, key: str, seed: int, wanted: int) -> str:
     if image is None:
         return "not drawn"
     alt = html.escape(f"{name(key)}, seed {seed}", quote=True)
-    width = image.width * max(ZOOM, PICTURE // image.width) if image.width < 128 else image.width
+    width = image.width * max(ZOOM, wanted // image.width) if image.width < 128 else image.width
     return f"<img alt='{alt}' width='{width}' src='{data_url(image)}'>"
 
 
@@ -200,11 +201,11 @@ def pair(drawn: Drawn, seeds: list[int]) -> None:
     """The slider over one pair."""
     if len(drawn) < 2:
         return
-    keys, labels = list(drawn), names(list(drawn))
+    keys, labels = list(drawn), short_names(list(drawn))
     st.markdown("**Before and after**")
-    left = st.selectbox("Left", keys, index=0, format_func=labels.get)
-    right = st.selectbox("Right", keys, index=len(keys) - 1, format_func=labels.get)
-    seed = st.selectbox("Seed", seeds)
+    left = one_of("Left", "left", keys, keys[0], labels.get)
+    right = one_of("Right", "right", keys, keys[-1], labels.get)
+    seed = one_of("Seed", "seed", seeds, seeds[0], str)
     if seed not in drawn[left] or seed not in drawn[right]:
         st.caption("One of the two is not drawn from this seed yet.")
         return
@@ -214,6 +215,20 @@ def pair(drawn: Drawn, seeds: list[int]) -> None:
         st.info(f"These two draw images of different sizes ({sizes}), which cannot lie over each other.")
         return
     slider((labels[left], a), (labels[right], b), seed)
+
+
+def one_of(label: str, parameter: str, options: list, first, words):
+    """A choice that the address names where it is not the first one offered."""
+    key, by_name = f"compare_{parameter}", {str(option): option for option in options}
+    if parameter in st.query_params:
+        parts.follow_url(parameter, f"{key}.wanted", list(by_name))
+        if (wanted := st.session_state.pop(f"{key}.wanted", None)) is not None:
+            st.session_state[key] = by_name[wanted]
+    if st.session_state.get(key) not in options:
+        st.session_state[key] = first
+    chosen = st.selectbox(label, options, key=key, format_func=words, persist_state="session")
+    parts.write_url(parameter, f"{key}.wanted", "" if chosen == first else str(chosen))
+    return chosen
 
 
 def slider(left: tuple[str, Image.Image], right: tuple[str, Image.Image], seed: int) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import lab, model_files, parts
+from app import compare_choice, curve_views, lab, model_files, parts
 from app.compare_choice import Known, name, short_names
 from app.judgements import Task, judgements
 from prunedm import charts, comparison, figures, model_charts
 from prunedm.comparison import Judged
+
+EVERY_CURVES = 2.0  # seconds
+MORE = "compare_more"  # runs whose curves are shown beside those of the models
 
 
 # --- judging in the background ---------------------------------------------------------------------
@@ -71,6 +74,45 @@ def progress(task: Task, doing: str = "Judging") -> None:
     follow()
 
 
+# --- training curves -------------------------------------------------------------------------------
+def curves(keys: list[str], known: Known) -> None:
+    """The curves of the runs that the models are of, and of more that need not be evaluated, or even at their end."""
+    own = {run.id: run for key in keys if (run := known.judged[key].run) is not None}
+    readable = {card.run.id: card for card in lab.cards() if not card.problem}
+    parts.follow_url("curves", MORE, list(readable), several=True)
+    others = {run_id: card for run_id, card in readable.items() if run_id not in own}
+    more = choose_more(others, compare_choice.MOST_MODELS - len(own))
+    runs = own | {run_id: others[run_id].run for run_id in more}
+    if not runs:
+        st.caption("These models are of no run, so that there is no training to show. Choose runs above.")
+        return
+
+    @st.fragment(run_every=EVERY_CURVES if any(others[run_id].active for run_id in more) else None)
+    def show() -> None:
+        with parts.said():
+            curve_views.side_by_side(compare_choice.without_times(runs))
+
+    show()
+
+
+def choose_more(others: dict[str, lab.Card], room: int) -> list[str]:
+    """Further runs, in step with ``?curves=``, as many as there are colours left."""
+    st.session_state[MORE] = [run_id for run_id in st.session_state.get(MORE, []) if run_id in others][:room]
+    chosen = st.multiselect(
+        "More runs",
+        list(others),
+        key=MORE,
+        max_selections=max(1, room),
+        disabled=room < 1,
+        persist_state="session",
+        placeholder="finished or not",
+        help="their curves beside those of the models above",
+        format_func=lambda one: f"{one} ({parts.STATES[others[one].status][0]} {others[one].status})",
+    )
+    parts.write_url("curves", MORE, ",".join(chosen))
+    return chosen
+
+
 # --- charts ----------------------------------------------------------------------------------------
 def pareto(keys: list[str], found: dict[str, Judged]) -> None:
     """A plot for each pair of quality and cost; a click on a point names the model and leads to it."""
@@ -111,7 +153,7 @@ def _pareto_plot(plot: comparison.Plot, keys: list[str], found: dict[str, Judged
 def to_run(key: str) -> None:
     """A link to the run that a model is of."""
     run = key.partition("/")[0]
-    st.page_link(lab.ROOT / "pages" / "monitor.py", label=f"Open {name(key)} in Monitor", query_params={"run": run})
+    st.page_link(lab.page("monitor"), label=f"Open {name(key)} in Monitor", query_params={"run": run})
 
 
 def latency(keys: list[str], found: dict[str, Judged]) -> None:

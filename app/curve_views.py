@@ -1,12 +1,15 @@
-"""The Monitor's curves: over steps or over time, raw and smoothed, with a logarithmic loss where asked."""
+"""Curves of one run on Monitor and of several on Compare: over steps or time, raw and smoothed, on a logarithmic scale
+where asked."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import streamlit as st
 
-from app import lab
+from app import lab, parts
 from app.live_plot import live_plot
-from prunedm import charts
+from prunedm import charts, model_charts
 from prunedm.records import STAGE_LABELS
 from prunedm.steps import Steps
 from prunedm.store import Run
@@ -19,8 +22,8 @@ SETTLING = (
 STEPS, TIME = "Steps", "Time"
 
 
-def training(run: Run) -> None:
-    """The loss of every stage, the weights' learning rate and gradient norm."""
+def controls() -> tuple[str, charts.Look]:
+    """How curves are looked at, alike on Monitor and Compare: over what, and smoothed how, on which scale."""
     over, smoothing, log = st.columns([2, 3, 2], vertical_alignment="center")
     axis = over.segmented_control(
         "Over", (STEPS, TIME), default=STEPS, required=True, key="curve_axis", persist_state="session"
@@ -35,20 +38,26 @@ def training(run: Run) -> None:
         persist_state="session",
     )
     is_log = log.toggle("Logarithmic loss", key="log_loss", persist_state="session")
+    return axis, charts.Look(is_log, weight)
+
+
+def training(run: Run) -> None:
+    """The loss of every stage, the weights' learning rate and gradient norm."""
+    axis, look = controls()
     steps = lab.steps(run)
     if not steps:
         st.caption("Waiting for the first training step…")
         return
-    minutes = running_minutes(run, steps) if axis == TIME else None
-    figure = charts.curve(steps, "loss", STAGE_LABELS, run.id, charts.Look(is_log, weight, minutes))
+    look = replace(look, minutes=running_minutes(run, steps) if axis == TIME else None)
+    figure = charts.curve(steps, "loss", STAGE_LABELS, run.id, look)
     live_plot(figure, "curve-loss", f"Training loss over the {axis.lower()} of each stage")
-    pairs(run, steps, TRAINING, charts.Look(False, weight, minutes))
+    pairs(run, steps, TRAINING, replace(look, log=False))
 
 
 def settling(run: Run) -> None:
-    """How the masks settle: each figure of stage 2 over the steps."""
+    """How the masks settle: each figure of stage 2 over the steps, smoothed as the training curves are."""
     steps = lab.steps(run)
-    pairs(run, steps, SETTLING, charts.Look())
+    pairs(run, steps, SETTLING, charts.Look(smoothing=st.session_state.get("curve_smoothing", charts.SMOOTHING)))
     if "tracker.0" in steps.names:
         timesteps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
         figure = charts.tracker_by_bin(steps, timesteps, run.id)
@@ -63,6 +72,65 @@ def pairs(run: Run, steps: Steps, names: tuple[str, ...], look: charts.Look) -> 
             with column:
                 figure = charts.curve(steps, name, STAGE_LABELS, run.id, look)
                 live_plot(figure, f"curve-{name}", f"{charts.LABELS[name]} over the steps")
+
+
+def side_by_side(runs: dict[str, Run]) -> None:
+    """One figure of several runs, by the names that they are shown under, in one chart."""
+    known = {name: lab.steps(run) for name, run in runs.items()}
+    there = [key for key in charts.LABELS if any(key in steps.names for steps in known.values())]
+    if not there:
+        st.caption("None of these runs has taken a training step yet.")
+        return
+    key, stage = choose_figure(there, [one.stage for steps in known.values() for one in steps.stretches])
+    axis, look = controls()
+    look = replace(look, log=look.log and key == "loss")
+    drawn = []
+    for name, steps in known.items():
+        own, minutes = part(runs[name], steps, stage, axis == TIME)
+        if key in own.names:
+            drawn.append((name, own, replace(look, minutes=minutes)))
+    if not drawn:
+        st.caption(f"No run here recorded this figure in the stage {STAGE_LABELS.get(stage, stage)}.")
+        return
+    where = STAGE_LABELS.get(stage, stage) if stage else "all stages"
+    names = [name for name, *_ in drawn]
+    live_plot(
+        model_charts.run_curves(drawn, key, ",".join(names), where),
+        "compare-curves",
+        f"{charts.LABELS[key]} over the {axis.lower()} of {where}: {', '.join(names)}",
+    )
+    missing = [name for name in runs if name not in names]
+    if missing:
+        st.caption(f"Not recorded there: {parts.plain(', '.join(missing))}.")
+
+
+def choose_figure(there: list[str], stages: list[str]) -> tuple[str, str | None]:
+    """A figure, and one stage or None for all of them."""
+    left, right = st.columns(2)
+    key = left.selectbox("Figure", there, format_func=charts.LABELS.get, key="compare_figure", persist_state="session")
+    stage = right.selectbox(
+        "Stage",
+        [None, *dict.fromkeys(stages)],
+        format_func=lambda one: STAGE_LABELS.get(one, one) if one else "all stages",
+        key="compare_stage",
+        persist_state="session",
+        help="one stage alone begins at zero in every run, whatever came before it",
+    )
+    return key, stage
+
+
+def part(run: Run, steps: Steps, stage: str | None, in_time: bool) -> tuple[Steps, list[float] | None]:
+    """A run's records, or those of one stage alone, with their minutes since the first of them where asked."""
+    minutes = running_minutes(run, steps) if in_time else None
+    if stage is None:
+        return steps, minutes
+    at, kept, own = 0, [], []
+    for stretch in steps.stretches:
+        if stretch.stage == stage:
+            kept.append(stretch)
+            own += minutes[at : at + len(stretch)] if minutes else []
+        at += len(stretch)
+    return Steps(tuple(kept)), [minute - own[0] for minute in own] if minutes else None
 
 
 def running_minutes(run: Run, steps: Steps) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
@@ -29,6 +30,21 @@ PRESET_HELP = {
     "smoke": "about a minute on two CPU cores: a first look",
     "balanced": "about 15 minutes: a usable result",
     "quality": "about an hour: the best of the three",
+}
+LABELS = {  # of fields whose names are too short to be read; all others by their names
+    "prune.of": "Share of",
+    "prune.finetune_steps": "Fine-tune steps",
+    "mask.n": "N (kept)",
+    "mask.m": "M (of each)",
+    "mask.lr": "Learning rate",
+    "mask.recover_steps": "Recovery steps",
+    "mask.then": "Afterwards",
+    "mask.tau_start": "First temperature",
+    "mask.tau_end": "Last temperature",
+    "mask.sr_decay": "SR-STE decay",
+    "train.lr": "Learning rate",
+    "train.ema": "EMA decay",
+    "train.min_snr": "Min-SNR gamma",
 }
 TOP_LEVEL = ("name", "seed", "device")
 # What most runs leave alone waits behind a fold.
@@ -61,15 +77,34 @@ def fill(recipe: Recipe, changes: dict[str, Any] | None = None) -> None:
 
 def _is_text(path: str) -> bool:
     """Whether a field is typed as YAML: a list, or a value that may be left empty."""
-    return _typed_as_yaml(*_kind(_field(path).annotation))
+    return _typed_as_yaml(*_kind(field_of(path).annotation))
 
 
-def _field(path: str) -> Any:
+def field_of(path: str) -> Any:
+    """The recipe's field at a dotted path."""
     model: Any = Recipe
     *sections, name = path.split(".")
     for section in sections:
         model = model.model_fields[section].annotation
     return model.model_fields[name]
+
+
+def label_of(path: str) -> str:
+    """What a field is called in the form."""
+    return LABELS.get(path) or path.rpartition(".")[2].replace("_", " ").capitalize()
+
+
+@functools.cache
+def _presets() -> dict[str, dict[str, Any]]:
+    """Presets by name, without what is a run's own."""
+    found = {name: recipes.flatten(recipes.build(recipes.preset(name)).model_dump()) for name in recipes.PRESETS}
+    return {name: {path: one[path] for path in one if path not in TOP_LEVEL} for name, one in found.items()}
+
+
+def preset_of(document: dict[str, Any]) -> str | None:
+    """The preset that a document is, whatever its name, seed and device."""
+    values = recipes.flatten(document)
+    return next((name for name, one in _presets().items() if all(values[path] == one[path] for path in one)), None)
 
 
 def held() -> dict[str, Any]:
@@ -78,7 +113,7 @@ def held() -> dict[str, Any]:
     for path in recipes.flatten(Recipe().model_dump()):
         section, _, name = path.rpartition(".")
         part = document.setdefault(section, {}) if section else document
-        part[name] = _value(_field(path), st.session_state.get(key(path)))
+        part[name] = _value(field_of(path), st.session_state.get(key(path)))
     return document
 
 
@@ -199,13 +234,17 @@ def _source(path: str, field: Any, sources: dict[str, str]) -> str:
     """The model: one of those that are here, or what is typed."""
     options = list(dict.fromkeys([*sources, st.session_state.get(key(path)) or "bundled"]))
     return st.selectbox(
-        "source", options, format_func=lambda o: sources.get(o, o), accept_new_options=True, **_common(path, field)
+        label_of(path),
+        options,
+        format_func=lambda o: sources.get(o, o),
+        accept_new_options=True,
+        **_common(path, field),
     )
 
 
 def _widget(path: str, field: Any) -> Any:
     kind, optional = _kind(field.annotation)
-    label = path.rpartition(".")[2].replace("_", " ")
+    label = label_of(path)
     common = _common(path, field)
     if _typed_as_yaml(kind, optional):
         given: Any = st.text_input(label, placeholder="automatic" if optional else "none", **common)

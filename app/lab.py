@@ -21,6 +21,11 @@ from prunedm.store import Run
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def page(name: str) -> Path:
+    """The script of a page, for links to it."""
+    return ROOT / "pages" / f"{name}.py"
+
+
 def runs_dir() -> Path:
     """``PRUNEDM_RUNS`` or ``runs`` beside the project."""
     return Path(os.environ.get("PRUNEDM_RUNS") or ROOT / "runs").absolute()
@@ -156,4 +161,4 @@ def start(recipe: Recipe) -> None:
     with st.spinner("Preparing the run…"):
         run = jobs().submit(recipe)
     st.session_state["run_shown"] = run.id
-    st.switch_page(ROOT / "pages" / "monitor.py", query_params={"run": run.id})
+    st.switch_page(page("monitor"), query_params={"run": run.id})

@@ -23,7 +23,7 @@ SHOWN, LOADED = 16, 24  # images; some that are loaded may be unreadable
 MOST_READ = 24  # finished runs whose step records are read
 MOST_OFFERED = 50
 FROM_FILE, FROM_RUN, NOTE = "launch.file", "launch.from", "launch.note"
-MONITOR = lab.ROOT / "pages" / "monitor.py"
+MONITOR = lab.page("monitor")
 
 
 # --- where the form's values come from -------------------------------------------------------------
@@ -143,9 +143,9 @@ def sizes(recipe: Recipe, found: dict[str, Any]) -> None:
     whole, cut = macs["dense"], macs["structured"]
     first = [
         ("Parameters, dense", f"{dense:,}", None, "of the model that the run begins with"),
-        ("after stage 1", f"{structured:,}", change(structured, dense), "parameters when whole channels are gone"),
+        ("After stage 1", f"{structured:,}", change(structured, dense), "parameters when whole channels are gone"),
         (
-            "non-zero after stage 2", f"{nonzero:,}", change(nonzero, dense),
+            "Non-zero after stage 2", f"{nonzero:,}", change(nonzero, dense),
             "parameters that the masks keep; the others are stored as zeros, or not at all in a packed file",
         ),
         (

@@ -25,9 +25,12 @@ PAGES = {
         st.Page(ROOT / "pages" / "system.py", title="System", url_path="system"),
     ],
 }
+SIDEBAR = 220  # pixels: tables and charts need the rest
 LOGO = str(ROOT / "assets" / "logo.png")
 page = st.navigation(PAGES)
-st.set_page_config(page_title=f"{page.title} · PruneDM Lab", page_icon=LOGO, layout="wide")
+st.set_page_config(
+    page_title=f"{page.title} · PruneDM Lab", page_icon=LOGO, layout="wide", initial_sidebar_state=SIDEBAR
+)
 st.logo(LOGO, size="large")
 parts.page_style()
 page.run()

@@ -31,7 +31,7 @@ HTML = """
 </div>
 """
 CSS = """
-.mask-player .controls{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;
+.mask-player .controls{display:flex;flex-wrap:wrap;gap:.6rem;align-items:center;margin-top:.75rem;
   font:14px var(--st-font,system-ui),sans-serif}
 .mask-player .controls>*{color:var(--st-text-color)}
 .mask-player input{flex:1 1 12rem;min-width:8rem;accent-color:var(--st-primary-color)}

@@ -9,9 +9,11 @@ import numpy as np
 import streamlit as st
 
 from app import curve_views, lab, parts
+from app.layer_views import flow
 from app.live_plot import live_plot
 from app.mask_player import Frames, player
 from prunedm import charts, snapshots
+from prunedm.stage_recipes import Pattern, parse_pattern
 from prunedm.store import MASK_LAYERS, Run, stage_step
 
 MOST_FRAMES = 60  # of a layer; a run has some twenty unless its recipe asks for more
@@ -28,19 +30,21 @@ FIGURES = {
 def evolution(run: Run) -> None:
     """One layer's mask played through its snapshots, then all layers over time, then how the masks settle."""
     layers, paths = snapshots.masked_layers(run), run.mask_snapshots()
+    order = sorted(range(len(layers)), key=lambda i: flow(layers[i]["layer"]))
     if not layers or not paths:
         st.caption("Masks appear here when stage 2 begins.")
         return
-    names = [layer["layer"] for layer in layers]
+    names = [layers[i]["layer"] for i in order]
     chosen = st.selectbox("Layer", names, key="mask_layer", persist_state="session")
-    one_layer(run, layers[names.index(chosen)], spread(paths))
+    one_layer(run, layers[order[names.index(chosen)]], spread(paths))
     st.subheader("All layers")
-    all_layers(run, names, lab.lines(run, MASK_LAYERS))
+    all_layers(run, names, order, lab.lines(run, MASK_LAYERS))
     st.subheader("How the masks settle")
     curve_views.settling(run)
 
 
-def all_layers(run: Run, names: list[str], records: list[dict[str, Any]]) -> None:
+def all_layers(run: Run, names: list[str], order: list[int], records: list[dict[str, Any]]) -> None:
+    """One figure of each layer over the snapshots. ``order``: where a layer of ``names`` stands in a record."""
     there = [key for key in FIGURES if any(key in record for record in records)]
     if not there:
         return
@@ -49,7 +53,7 @@ def all_layers(run: Run, names: list[str], records: list[dict[str, Any]]) -> Non
     )
     shown = [record for record in records if key in record]
     steps = [record["step"] for record in shown]
-    values = np.array([record[key] for record in shown])
+    values = np.array([record[key] for record in shown])[:, order]
     share = key in ("flips", "moved", "compliance", "top_probability")
     live_plot(
         charts.evolution_heatmap(steps, names, values, FIGURES[key], share, f"{run.id}/{key}"),
@@ -68,8 +72,12 @@ def one_layer(run: Run, layer: dict[str, Any], paths: list[Path]) -> None:
         np.stack([changed(path, paths[0], layer) for path in paths]),
     )
     at = player(frames, layer["layer"], run.id)
-    with st.expander(f"Kept share at step {at} as a table (rows: output channels, columns: input channels)"):
-        st.dataframe(frames.kept[frames.steps.index(at)].round(3))
+    place = frames.steps.index(at)
+    with st.expander(f"Step {at} as tables (rows: output channels, columns: input channels)"):
+        st.caption("Share kept")
+        st.dataframe(frames.kept[place].round(3))
+        st.caption("Share changed since the initial mask")
+        st.dataframe(frames.changed[place].round(3))
 
 
 def spread(paths: list[Path]) -> list[Path]:
@@ -107,28 +115,48 @@ def _read(path: str, stamp: tuple[int, ...]) -> np.ndarray:
 
 def compliance(run: Run) -> None:
     """Compliance and balance of each layer, the initial mask's cost, patterns by layer, and what is left dense."""
-    layers = run.layers()
+    layers = sorted(run.layers(), key=lambda layer: flow(layer["layer"]))
     if not layers:
         st.caption("Compliance appears here when stage 2 begins.")
         return
     patterns = sorted({layer["pattern"] for layer in layers if layer["eligible"]})
     st.caption(
         f"Pattern {', '.join(patterns)}. Compliance is the share of groups with at most N non-zero weights: while the "
-        "masks learn, under the initial masks; after recovery, of the baked weights."
+        "masks learn, under the initial masks; after recovery, of the baked weights. Positions: the share of the kept "
+        "weights on each of the M; their colours span a quarter around an even share."
     )
     live_plot(
         charts.compliance_heatmap(layers, run.id),
         "compliance",
         "Compliance, density and position balance of each masked layer",
     )
+    with st.expander("All layers as a table"):
+        keys = ("layer", "kind", "pattern", "groups", "compliance", "density", "position_balance", "tensor_core_ready")
+        st.dataframe([{k: la[k] for k in keys} for la in layers], hide_index=True)
+    kept_sets(run, layers)
     baseline(run)
     allocation(run)
     skipped = [layer for layer in layers if not layer["eligible"]]
     st.subheader(f"Layers left dense: {len(skipped)}")
     st.dataframe([{"layer": la["layer"], "why": la["reason"]} for la in skipped], hide_index=True)
-    with st.expander("All layers as a table"):
-        keys = ("layer", "kind", "pattern", "groups", "compliance", "density", "position_balance", "tensor_core_ready")
-        st.dataframe([{k: la[k] for k in keys} for la in layers], hide_index=True)
+
+
+def kept_sets(run: Run, layers: list[dict[str, Any]]) -> None:
+    """Which N of M positions the groups keep, by layer: a heatmap and a table for each pattern."""
+    counted = [la for la in layers if la.get("pattern_shares")]
+    for pattern in dict.fromkeys(la["pattern"] for la in counted):
+        own = [la for la in counted if la["pattern"] == pattern]
+        n, m = parse_pattern(pattern) or (1, 2)
+        columns = Pattern(n, m).kept_sets
+        if any(len(la["pattern_shares"]) != len(columns) for la in own):
+            raise ValueError(f"layers.json is damaged: the shares of the kept sets do not fit {pattern}")
+        st.subheader(f"Which {n} of {m} positions are kept")
+        st.caption(f"1 is kept; even is {1 / len(columns):.1%} of a layer's groups for each of {len(columns)} sets.")
+        alt = f"Share of the groups that keep each of {len(columns)} sets of {n} of {m} positions, in {len(own)} layers"
+        live_plot(charts.kept_sets_heatmap(own, n, m, f"{run.id}/sets/{pattern}"), f"kept-sets-{pattern}", alt)
+        with st.expander("As a table"):
+            rows = [{"layer": la["layer"], **dict(zip(columns, la["pattern_shares"]))} for la in own]
+            st.dataframe(rows, hide_index=True)
 
 
 def baseline(run: Run) -> None:

@@ -97,7 +97,7 @@ def mosaic(images: list[Image.Image], columns: int, factor: int, gap: int = 2) -
 def empty(text: str, page: str, label: str) -> None:
     """Nothing here yet: what to do about it."""
     st.info(text)
-    st.page_link(lab.ROOT / "pages" / f"{page}.py", label=label)
+    st.page_link(lab.page(page), label=label)
 
 
 def log(run) -> None:
@@ -128,8 +128,11 @@ def follow_url(parameter: str, key: str, options: list[str], several: bool = Fal
 
 
 def write_url(parameter: str, key: str, value: str) -> None:
-    """After a picker is drawn: the address names what is shown."""
-    st.query_params[parameter] = value
+    """After a picker is drawn: the address names what is shown, if anything is."""
+    if value:
+        st.query_params[parameter] = value
+    else:
+        st.query_params.pop(parameter, None)
     st.session_state[f"{key}.url"] = value
 
 

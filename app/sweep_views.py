@@ -234,7 +234,7 @@ def at_work(seen: Seen) -> None:
 
 
 def link(run_id: str, words: str) -> None:
-    st.page_link(lab.ROOT / "pages" / "monitor.py", label=words, query_params={"run": run_id})
+    st.page_link(lab.page("monitor"), label=words, query_params={"run": run_id})
 
 
 def buttons(seen: Seen) -> None:
@@ -348,7 +348,7 @@ def compare(seen: Seen) -> None:
         what = "the front" if len(seen.spec.objectives.figures) > 1 else "the best"
         words = f"Compare {what} ({len(models)} {'model' if len(models) == 1 else 'models'})"
         query = {"models": ",".join(models)}
-        st.page_link(lab.ROOT / "pages" / "compare.py", label=words, icon="⚖️", query_params=query)
+        st.page_link(lab.page("compare"), label=words, icon="⚖️", query_params=query)
 
 
 def trials(seen: Seen) -> None:

@@ -23,7 +23,7 @@ from prunedm.jobs import load_engine
 from prunedm.store import SYSTEM, Run
 
 POINTS = 300  # of a trace at most
-FIRST_LOOK = 0.05  # seconds
+FIRST_LOOK = 0.1  # seconds that a figure of the processor needs
 FRESH = 10.0  # seconds within which a sample is the state of now
 GIB = 2**30
 COLORS, DASHES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"), ("solid", "dash", "dot", "dashdot")
@@ -180,7 +180,7 @@ def layout(title: str, view: str) -> dict[str, Any]:
         "legend": {"orientation": "h", "y": 1.15},
         "uirevision": view,
         "showlegend": True,
-        "font": {"color": charts.GREY},
+        "font": {"color": charts.GREY, "family": charts.FONT},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "xaxis": axis | {"title": {"text": "minutes since the start"}},
@@ -193,8 +193,25 @@ def layout(title: str, view: str) -> dict[str, Any]:
 
 @st.cache_resource(show_spinner=False)
 def _gpus() -> system.Gpus:
-    psutil.cpu_percent(FIRST_LOOK)  # its first figure is that since the import, and so none
     return system.Gpus()
+
+
+class Processor:
+    """How busy all cores are, since the look before; looks in quick succession share one figure."""
+
+    def __init__(self) -> None:
+        self.busy, self.at = psutil.cpu_percent(FIRST_LOOK), time.monotonic()
+
+    def look(self) -> float:
+        """Percent."""
+        if time.monotonic() - self.at >= FIRST_LOOK:
+            self.busy, self.at = psutil.cpu_percent(), time.monotonic()
+        return self.busy
+
+
+@st.cache_resource(show_spinner=False)
+def _processor() -> Processor:
+    return Processor()
 
 
 def machine_now() -> list[tuple[str, str, str]]:
@@ -204,7 +221,7 @@ def machine_now() -> list[tuple[str, str, str]]:
     seen = gpus.look()
     gpu = ("GPU", f"{len(seen)}", ", ".join(gpu_now(one) for one in seen)) if seen else ("GPU", "none", NO_GPU)
     return [
-        (f"CPU, {os.cpu_count()} cores", f"{psutil.cpu_percent():.0f} %", "of all processes, since the last look"),
+        (f"CPU, {os.cpu_count()} cores", f"{_processor().look():.0f} %", "of all processes, since the last look"),
         ("Memory free", bytes_in_words(memory.available), f"of {bytes_in_words(memory.total)}"),
         gpu,
         ("Disk free", bytes_in_words(disk.free), f"where runs are kept: {parts.plain(lab.runs_dir())}"),

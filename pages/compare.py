@@ -19,7 +19,7 @@ def bundled_only() -> None:
     b.metric("Validation loss", f"{found['validation_loss']:.5f}", border=True)
     c.metric(f"{found['fid_extractor']} ({found['fid_images']} images)", f"{found['fid']:.2f}", border=True)
     parts.sheet(bundled.sheet(settings), alt="64 samples of the bundled dense model", factor=3)
-    st.page_link(lab.ROOT / "pages" / "home.py", label="Run the demo")
+    st.page_link(lab.page("home"), label="Run the demo")
 
 
 def judged(chosen: list[str], known: Known) -> dict[str, Judged]:
@@ -107,6 +107,16 @@ def download(found: dict[str, Judged]) -> None:
     c.download_button("Text (Markdown)", lambda: report.markdown(models), "comparison.md", "text/markdown")
 
 
+SECTIONS = {
+    "Samples": compare_samples.samples,
+    "Figures": lambda keys, known, found: table(found),
+    "Pareto": lambda keys, known, found: compare_views.pareto(keys, found),
+    "Latency": lambda keys, known, found: compare_views.latency(keys, found),
+    "Curves": lambda keys, known, found: compare_views.curves(keys, known),
+    "Recipes": lambda keys, known, found: recipes(keys, known.judged),
+    "Report": lambda keys, known, found: download(found),
+}
+
 st.title("Compare")
 evaluated = [c for c in lab.cards() if c.results]
 if not evaluated:
@@ -117,15 +127,7 @@ if picked:
     shown = judged(picked, everything)
     with parts.said():
         summary(shown)
-    tabs = st.tabs(["Samples", "Figures", "Pareto", "Latency", "Recipes", "Report"])
-    sections = [
-        lambda: compare_samples.samples(picked, everything, shown),
-        lambda: table(shown),
-        lambda: compare_views.pareto(picked, shown),
-        lambda: compare_views.latency(picked, shown),
-        lambda: recipes(picked, everything.judged),
-        lambda: download(shown),
-    ]
-    for tab, draw in zip(tabs, sections):
-        with tab, parts.said():
-            draw()
+    for name, tab in zip(SECTIONS, st.tabs(list(SECTIONS), key="view", bind="query-params")):
+        if tab.open:  # the others are drawn when they are asked for
+            with tab, parts.said():
+                SECTIONS[name](picked, everything, shown)

@@ -31,8 +31,8 @@ def welcome() -> None:
         if st.button("Run the demo", type="primary", icon="▶️", width="stretch"):
             with parts.said():
                 lab.start(recipe.build(recipe.merge(recipe.preset("smoke"), {"name": "demo"})))
-        st.page_link(lab.ROOT / "pages" / "launch.py", label="Set up a run of your own")
-        st.page_link(lab.ROOT / "pages" / "compare.py", label="Look at the dense model's figures")
+        st.page_link(lab.page("launch"), label="Set up a run of your own")
+        st.page_link(lab.page("compare"), label="Look at the dense model's figures")
 
 
 def run_line(card: lab.Card) -> None:
@@ -51,7 +51,7 @@ def run_line(card: lab.Card) -> None:
             st.caption(parts.duration(card.state.seconds) + error)
     page = "compare" if card.status == "done" else "monitor"
     parameter = {"runs": card.run.id} if page == "compare" else {"run": card.run.id}
-    action.page_link(lab.ROOT / "pages" / f"{page}.py", label=page.capitalize(), query_params=parameter)
+    action.page_link(lab.page(page), label=page.capitalize(), query_params=parameter)
 
 
 def shown_cards() -> list[lab.Card]:
@@ -121,7 +121,7 @@ def suggest() -> None:
         with column.container(border=True, height="stretch"):
             st.markdown(f"**{step.title}**")
             st.caption(parts.plain(step.why))
-            path = lab.ROOT / "pages" / f"{step.page}.py"
+            path = lab.page(step.page)
             st.page_link(path, label=f"Open {step.page.capitalize()}", query_params=step.query)
 
 

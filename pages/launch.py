@@ -8,11 +8,11 @@ from prunedm.recipe import Recipe, RecipeError
 
 
 def presets() -> None:
-    columns = st.columns(len(recipes.PRESETS))
+    columns, in_use = st.columns(len(recipes.PRESETS)), forms.preset_of(forms.held())
     for column, name in zip(columns, recipes.PRESETS):
         if column.button(name.capitalize(), help=forms.PRESET_HELP[name], width="stretch"):
             forms.fill(recipes.build(recipes.preset(name)))
-        column.caption(forms.PRESET_HELP[name])
+        column.caption(("**✔ in the form** · " if name == in_use else "") + forms.PRESET_HELP[name])
 
 
 def current(cards: list[lab.Card]) -> Recipe | None:

@@ -54,7 +54,7 @@ def show_actions(card: lab.Card) -> None:
             lab.jobs().resume(card.run)
             st.rerun()
     else:
-        st.page_link(lab.ROOT / "pages" / "compare.py", label="Compare", query_params={"runs": card.run.id})
+        st.page_link(lab.page("compare"), label="Compare", query_params={"runs": card.run.id})
 
 
 def stop_action(card: lab.Card) -> None:
@@ -88,7 +88,7 @@ def failure(card: lab.Card) -> None:
         help_ = "Fills the Launch form with this run's recipe and that change; nothing starts yet."
         if st.button(f"Try again with {said}", type="primary", help=help_):
             forms.fill(card.recipe, changes)
-            st.switch_page(lab.ROOT / "pages" / "launch.py")
+            st.switch_page(lab.page("launch"))
     with st.expander("Log with the traceback"):
         parts.log(card.run)
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m prunedm run|resume|sweep|pause|continue|stop|ls|show|tag|note|archive|rm|trash``,
+"""The command line: ``python -m prunedm run|resume|sweep|plan|pause|continue|stop|ls|show|tag|note|archive|rm|trash``,
 ``doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
@@ -20,6 +20,7 @@ from . import (
     export_commands,
     judge_commands,
     mask_commands,
+    plan_command,
     pretrain_command,
     shelf_commands,
     sweep_commands,
@@ -56,6 +57,7 @@ app.command()(judge_commands.report)
 app.command()(export_commands.export)
 app.command()(export_commands.verify)
 app.command()(sweep_commands.sweep)
+app.command()(plan_command.plan)
 app.command()(control_commands.pause)
 app.command("continue")(control_commands.go_on)
 app.command()(control_commands.stop)
@@ -103,11 +105,12 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with a stopped, failed or interrupted run."""
-    from . import pipeline, store
+    from . import store
 
     found = store.find(runs_dir, run)
-    pipeline.resumable(found)
-    _work(found, execute_by(executor, address, runs_dir), as_json)
+    execute = execute_by(executor, address, runs_dir)
+    found.take()
+    _work(found, execute, as_json)
 
 
 @app.command("ls")

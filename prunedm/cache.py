@@ -67,6 +67,12 @@ def write_record(place: Path, key: str, record: dict[str, Any]) -> None:
     _write(place, key, ".json", json.dumps(record, allow_nan=False).encode())
 
 
+def forget(place: Path, key: str) -> None:
+    """Delete what is kept under this key."""
+    for path in place.glob(f"{key}-*"):
+        path.unlink(missing_ok=True)
+
+
 def trim(kind: str, keep: Path) -> None:
     """Delete the folders of this kind that were longest unused until all fit into ``$PRUNEDM_CACHE_GB``.
 

@@ -23,7 +23,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from . import diffusion
+from . import diffusion, giveway
 from .channel_groups import Score
 from .data import Batches, to_float
 from .diffusion import NoisedBatch
@@ -76,7 +76,7 @@ def spaced_batches(task: Task, spec: Prune) -> Iterator[NoisedBatch]:
     steps = task.scheduler.config.num_train_timesteps
     x0 = to_float(task.batches.images[: spec.calibration_images], task.device)
     noise = torch.randn(x0.shape, generator=generator(task.seed, "prune", "noise")).to(x0)
-    for t in torch.linspace(0, steps - 1, spec.calibration_steps).round().long().tolist():
+    for t in giveway.between(torch.linspace(0, steps - 1, spec.calibration_steps).round().long().tolist()):
         ts = torch.full((len(x0),), t, device=x0.device)
         yield NoisedBatch(
             task.scheduler.add_noise(x0, noise, ts), ts, diffusion.regression_target(task.scheduler, x0, noise, ts)
@@ -91,7 +91,7 @@ def kept_timesteps(losses: list[float], threshold: float) -> list[bool]:
 
 def _taylor(unet: nn.Module, task: Task, spec: Prune) -> dict[str, Tensor]:
     with _gradients(unet):
-        for step in range(spec.calibration_steps):
+        for step in giveway.between(range(spec.calibration_steps)):
             loss = task.losses(unet, task.batch("calibration", step)).mean() / spec.calibration_steps
             loss.backward()
         return _weight_times_gradient(unet)

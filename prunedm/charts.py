@@ -4,6 +4,7 @@ nothing, where ``go.Figure`` takes some 15 ms each. Colours are safe for colour-
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ Figure = dict[str, Any]
 COLORS = {"finetune": "#0072B2", "mask": "#D55E00", "recover": "#009E73"}
 VARIANT_COLORS = {"dense": "#56B4E9", "structured": "#E69F00", "nm": "#009E73"}
 GREY = "#808495"
+FONT = '"Source Sans", "Source Sans Pro", system-ui, sans-serif'  # the lab's own
 GRID = "rgba(128,128,128,.2)"
 LARGEST_TRACE = 1000
+UNEVEN = 0.25  # of an even share: where the colours of position balance end
 SMOOTHING = 0.9
 NOISY = ("loss", "residual", "advantage", "grad_norm", "mask_grad_norm")
 LABELS = {
@@ -53,31 +56,45 @@ class Look:
     smoothing: float = SMOOTHING
     minutes: list[float] | None = None
 
+    def weight(self, key: str) -> float:
+        """The smoothing of one figure: those that are not noisy are drawn as recorded."""
+        return self.smoothing if key in NOISY else 0.0
+
 
 def curve(steps: Steps, key: str, labels: dict[str, str], view: str, look: Look | None = None) -> Figure:
     """One figure over the run, a trace a stage: raw as a shadow, smoothed on top.
 
     ``view`` names what is looked at: zoom is kept while it and the axes stay the same.
     """
-    look = look or Look()
-    traces, offset, begin = [], 0.0, 0
+    look, traces = look or Look(), []
+    for stage, x, y in series(steps, key, look.minutes):
+        traces += lines(x, y, labels.get(stage, stage), COLORS.get(stage, "#666666"), look.weight(key))
+    return {"data": traces, "layout": curve_layout(key, view, look)}
+
+
+def curve_layout(key: str, view: str, look: Look, where: str = "all stages") -> Figure:
+    """The axes of a figure over the steps, or the time, of all stages or of one."""
+    over = f"minutes of running, {where}" if look.minutes else f"training step, {where}"
+    drawn = layout(over, LABELS.get(key, key), f"{view}/{key}/{look.log}/{over}")
+    if look.log:
+        drawn["yaxis"]["type"] = "log"
+    return drawn
+
+
+def series(steps: Steps, key: str, minutes: list[float] | None) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Stage, x and y of each stretch that recorded the figure; x goes on from stage to stage."""
+    offset, begin = 0.0, 0
     for stretch in steps.stretches:
-        x = look.minutes[begin : begin + len(stretch)] if look.minutes else offset + stretch.steps
+        x = minutes[begin : begin + len(stretch)] if minutes else offset + stretch.steps
         offset, begin = offset + stretch.steps[-1], begin + len(stretch)
         y = stretch.figures.get(key, np.array([]))
         there = np.flatnonzero(~np.isnan(y))
         if len(there):
-            smoothing = look.smoothing if key in NOISY else 0.0
-            name, color = labels.get(stretch.stage, stretch.stage), COLORS.get(stretch.stage, "#666666")
-            traces += _traces(np.asarray(x)[there], y[there], name, color, smoothing)
-    over = "minutes of running" if look.minutes else "training step, all stages"
-    drawn = layout(over, LABELS.get(key, key), f"{view}/{key}/{look.log}/{over}")
-    if look.log:
-        drawn["yaxis"]["type"] = "log"
-    return {"data": traces, "layout": drawn}
+            yield stretch.stage, np.asarray(x)[there], y[there]
 
 
-def _traces(x: np.ndarray, y: np.ndarray, name: str, color: str, smoothing: float) -> list[dict[str, Any]]:
+def lines(x: np.ndarray, y: np.ndarray, name: str, color: str, smoothing: float) -> list[dict[str, Any]]:
+    """One stage's trace: as recorded, or that as a shadow and the smoothed one on top."""
     keep = slice(None, None, -(-len(x) // LARGEST_TRACE))
     line = {"type": "scatter", "x": x[keep].tolist(), "mode": "lines", "name": name}
     if not smoothing or len(x) < 10:
@@ -163,7 +180,10 @@ def evolution_heatmap(
 
 
 def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
-    """Layers x figures: compliance, density and the share kept on each of the M positions."""
+    """Layers x figures: compliance, density and the share kept on each of the M positions.
+
+    The colours of a position span :data:`UNEVEN` around an even share: else no imbalance would be seen.
+    """
     shown = [la for la in layers if la["compliance"] is not None]
     widest = max((len(la["position_balance"]) for la in shown), default=0)
     columns = ["compliance", "density", *(f"position {i}" for i in range(widest))]
@@ -171,7 +191,8 @@ def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
     for la in shown:
         balance = la["position_balance"]
         missing = [None] * (widest - len(balance))
-        rows.append([la["compliance"], la["density"], *(share * len(balance) / 2 for share in balance), *missing])
+        shades = [min(1, max(0, 0.5 + (share * len(balance) - 1) / (2 * UNEVEN))) for share in balance]
+        rows.append([la["compliance"], la["density"], *shades, *missing])
         texts.append([f"{v:.0%}" for v in (la["compliance"], la["density"], *balance)] + [""] * len(missing))
     trace = {
         "type": "heatmap",
@@ -310,10 +331,10 @@ def layout(x: str, y: str, view: str) -> dict[str, Any]:
         "margin": {"l": 60, "r": 10, "t": 40, "b": 45},
         "legend": {"orientation": "h", "y": 1.15},
         "uirevision": view,
-        "font": {"color": GREY},
+        "font": {"color": GREY, "family": FONT},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY},  # plotly would lay a grey box behind its buttons
         "xaxis": axis | {"title": {"text": x}},
-        "yaxis": axis | {"title": {"text": y}},
+        "yaxis": axis | {"title": {"text": y, "standoff": 12}},  # else long numbers reach into it
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import store
-from .jobs import load_engine, prepared, requeue
+from .jobs import load_engine, prepared
 from .recipe import Recipe
 from .records import RunState
 from .store import Run, StoreError
@@ -78,15 +78,17 @@ class RayExecutor:
         """Queue a new run. ValueError in one line when the recipe cannot run."""
         require_reserved(recipe)
         run = prepared(recipe, self.runs_dir, is_here=False)
-        self._send(run)
+        self.put(run)
         return run
 
     def resume(self, run: Run) -> None:
         """Queue a stopped, failed or interrupted run again."""
         require_reserved(run.recipe())
         with self._lock:
-            requeue(run, run.id in self._tasks)
-        self._send(run)
+            if run.id in self._tasks:
+                raise StoreError(f"run {run.id} is {run.state().status} on the cluster; it cannot be resumed")
+            run.take()
+            self.put(run)
 
     def stop(self, run: Run) -> None:
         """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
@@ -109,7 +111,8 @@ class RayExecutor:
         self._thread.join(timeout=30)
 
     # --- tasks ---------------------------------------------------------------------------------
-    def _send(self, run: Run) -> None:
+    def put(self, run: Run) -> None:
+        """Make a task of a run that is claimed as *queued* by this process."""
         import ray
 
         wanted = run.recipe().resources
@@ -268,6 +271,7 @@ class RayExecutor:
 # --- on the machine that works -------------------------------------------------------------------
 def work(folder: str) -> str:
     """The Ray task: run, or go on with, the run in this folder; returns its final status."""
+    load_engine()
     from . import pipeline
 
     run = Run(Path(folder))
@@ -277,7 +281,7 @@ def work(folder: str) -> str:
             return state.status  # stopped while it waited
         if state.status not in ("queued", "stopping") and not take_back(run, state):
             return "interrupted"
-        load_engine()
+        run.claim(state, "queued")  # by this process from here on
         return pipeline.work(run)
 
 

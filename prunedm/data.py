@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from . import bundled, sources
+from . import bundled, giveway, sources
 from .recipe import Data
 from .seeds import generator
 from .sources import Entry, line
@@ -173,7 +173,7 @@ def _read(entries: list[Entry], limit: int | None, spec: Data, shape: Shape, ski
     entries = [entries[i] for i in _chosen(len(entries), limit)]
     _require_memory(len(entries), spec, shape)
     rows, done = np.empty((len(entries), *shape), np.uint8), 0
-    for name, opener in entries:
+    for name, opener in giveway.between(entries):
         try:
             with opener() as image:
                 rows[done] = _fitted(image, name, spec, shape)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import giveway
 from .recipe import SAMPLERS, TIMESTEPS
 from .seeds import generator
 from .unet import image_shape
@@ -183,7 +184,7 @@ def validation_batches(scheduler, images: Tensor, count: int, batch_size: int, s
 @torch.no_grad()
 def per_image_losses(denoiser: Denoiser, batches: list[NoisedBatch]) -> Tensor:
     """Noise-prediction error of each image, ``[N]``, in the batches' order: pairs of variants, for intervals."""
-    return torch.cat([per_image_loss(denoiser, batch) for batch in batches])
+    return torch.cat([per_image_loss(denoiser, batch) for batch in giveway.between(batches)])
 
 
 def validation_loss(denoiser: Denoiser, batches: list[NoisedBatch]) -> float:
@@ -256,7 +257,7 @@ def sample(
     generators = [generator(seed, "image") for seed in image_seeds]
     x = torch.stack([torch.randn(shape, generator=gen) for gen in generators])
     x = (x * stepper.init_noise_sigma).to(parameter.device)
-    for t in stepper.timesteps:
+    for t in giveway.between(stepper.timesteps):
         prediction = unet(stepper.scale_model_input(x, t), t).sample.float()
         x = stepper.step(prediction, t, x, generator=generators, **options).prev_sample
     return x.clamp(-1, 1)

@@ -6,6 +6,7 @@ import errno
 from typing import Any
 
 from .recipe import Recipe, flatten
+from .stage_recipes import CALIBRATED
 
 SMALLER_STEP = 3  # a rate that diverged is divided by this
 
@@ -23,23 +24,40 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
-def plain_words(error: BaseException) -> str:
-    """A failure in one line."""
+def disk_full(error: BaseException | None) -> bool:
+    """No space or no quota, also in the words of libraries that raise an error of their own for it."""
+    if error is None:
+        return False
+    found = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return found or "no space left on device" in str(error).lower() or disk_full(error.__cause__)
+
+
+def plain_words(error: BaseException, field: str | None = None) -> str:
+    """A failure in one line; ``field``: what to halve when memory ran out, None where no field would help."""
     text = " ".join(str(error).split())[:300]
     if out_of_memory(error):
-        return f"out of memory; halve data.batch_size (calibrating: prune.calibration_images) ({text[:120]})"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        what = f"halve {field}" if field else "free some memory, or use a device with more, and resume"
+        return f"out of memory; {what} ({text[:120] or 'Python could not get any'})"
+    if disk_full(error):
         return "the disk is full; free some space and resume"
     known = isinstance(error, ValueError | ArithmeticError)
     return text if known and text else f"{error.__class__.__name__}: {text or 'no message'}"
+
+
+def batch_field(recipe: Recipe, stage: str) -> str | None:
+    """The field that decides how much memory a stage takes; None for one that always takes the same."""
+    if stage == "prune" and recipe.prune.method in CALIBRATED:
+        return "prune.calibration_images"
+    trains = stage in ("finetune", "mask", "recover") or (stage == "prune" and recipe.prune.rounds > 1)
+    return "data.batch_size" if trains else None
 
 
 def remedy(error: BaseException, recipe: Recipe, stage: str) -> dict[str, Any]:
     """``section.field`` to the value to try next; empty where no field is to blame."""
     if isinstance(error, Diverged):
         return {field: float(f"{rate / SMALLER_STEP:.2g}") for field, rate in error.rates.items()}
-    if out_of_memory(error):
-        field = "prune.calibration_images" if stage == "prune" else "data.batch_size"
-        now = flatten(recipe.model_dump())[field]
-        return {field: now // 2} if now > 1 else {}
-    return {}
+    field = batch_field(recipe, stage) if out_of_memory(error) else None
+    if field is None:
+        return {}
+    now = flatten(recipe.model_dump())[field]
+    return {field: now // 2} if now > 1 else {}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import pattern
+from . import giveway, pattern
 from .masked_unet import Bank, MaskedUNet
 from .seeds import generator
 from .training import Task
@@ -69,7 +69,7 @@ def _wanda(masked: MaskedUNet, task: Task, batches: int) -> list[Tensor]:
             module = masked.unet.get_submodule(layer.name.removesuffix(".weight"))
             hooks.append(module.register_forward_pre_hook(watch(layer.name)))
     try:
-        for step in range(batches):
+        for step in giveway.between(range(batches)):
             task.losses(masked.unet, task.batch("calibration", step))
     finally:
         for hook in hooks:
@@ -90,7 +90,7 @@ def _spread(bank: Bank, by_layer: dict[str, Tensor]) -> Tensor:
 def _fisher(masked: MaskedUNet, task: Task, batches: int) -> list[Tensor]:
     masked.require_gradients(True, False)
     squares = [torch.zeros_like(bank.weights) for bank in masked.banks]
-    for step in range(batches):
+    for step in giveway.between(range(batches)):
         masked.zero_grad()
         task.losses(masked.unet, task.batch("calibration", step)).mean().backward()
         for total, bank in zip(squares, masked.banks):

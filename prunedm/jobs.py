@@ -20,15 +20,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from . import store
+from . import owner, store
 from .recipe import Recipe
-from .records import ACTIVE, RESUMABLE, Step
+from .records import ACTIVE, Step
 from .store import Run
 
 Stop = Callable[[], bool]
 OnStep = Callable[[Step], None]
 
 SWITCH_INTERVAL = 0.0005  # seconds
+RETRY = 10.0  # seconds between tries to write an ending that a full disk refused
 _ENGINE = threading.Lock()
 WARM_UP_DELAY = 2.0  # seconds: the first page comes first, then torch is imported
 
@@ -40,7 +41,13 @@ def load_engine() -> None:
     "cannot import name". Whoever is about to use the engine on a thread calls this first.
     """
     with _ENGINE:
+        first = "prunedm.pipeline" not in sys.modules
         importlib.import_module("prunedm.pipeline").import_all()
+        if first:
+            # A full collection over torch's objects takes 0.3 s with the interpreter locked (measured): modules
+            # never die, so take them out of its sight. Not later, or the models of a run would be out of it too.
+            gc.collect()
+            gc.freeze()
 
 
 def prepared(recipe: Recipe, runs_dir: Path, is_here: bool = True) -> Run:
@@ -55,20 +62,6 @@ def prepared(recipe: Recipe, runs_dir: Path, is_here: bool = True) -> Run:
     return store.create(runs_dir, inputs.absolute(recipe, runs_dir))
 
 
-def requeue(run: Run, is_held: bool) -> None:
-    """A run that ended early waits again, in this process's name. StoreError when it cannot be resumed.
-
-    is_held: whether it waits already, or is worked on.
-    """
-    state = run.state()
-    if is_held or state.status not in RESUMABLE:
-        status = "being worked on" if is_held and state.status in RESUMABLE else state.status
-        raise store.StoreError(f"run {run.id} is {status}; it cannot be resumed")
-    run.clear_stop()
-    run.clear_pause()
-    run.claim(state, "queued")
-
-
 class Executor(Protocol):
     """Takes runs and works on them elsewhere; all that happens to one is read in its folder."""
 
@@ -78,6 +71,10 @@ class Executor(Protocol):
 
     def resume(self, run: Run) -> None:
         """Queue a stopped, failed or interrupted run again."""
+        ...
+
+    def put(self, run: Run) -> None:
+        """Queue a run that is claimed as *queued* by this process."""
         ...
 
     def stop(self, run: Run) -> None:
@@ -98,6 +95,7 @@ class Jobs:
 
     def __init__(self, runs_dir: Path, workers: int = 1) -> None:
         store.check_writable(runs_dir)
+        owner.call_this_process("the lab")
         # Training gives the interpreter's lock up at each operation; a page's script that then runs keeps
         # it for this long. The default of 5 ms costs training a third of its rate beside a busy page.
         sys.setswitchinterval(SWITCH_INTERVAL)
@@ -111,29 +109,20 @@ class Jobs:
 
     def warm_up(self) -> None:
         """Import the heavy modules in the background, so that the first job starts at once."""
-
-        def load() -> None:
-            load_engine()
-            # A full collection over torch's objects takes 0.3 s with the interpreter locked (measured):
-            # modules never die, so take them out of its sight.
-            gc.collect()
-            gc.freeze()
-
-        timer = threading.Timer(WARM_UP_DELAY, load)
+        timer = threading.Timer(WARM_UP_DELAY, load_engine)
         timer.daemon = True
         timer.start()
 
     def submit(self, recipe: Recipe) -> Run:
         """Queue a new run. ValueError in one line when the recipe cannot run here."""
         run = prepared(recipe, self.runs_dir)
-        self._put(run)
+        self.put(run)
         return run
 
     def resume(self, run: Run) -> None:
         """Queue a stopped, failed or interrupted run again."""
-        with self._lock:
-            requeue(run, run.id in self._waiting)
-        self._put(run)
+        run.take()
+        self.put(run)
 
     def stop(self, run: Run) -> None:
         """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
@@ -154,22 +143,31 @@ class Jobs:
         with self._lock:
             return [*self._waiting, *self._working]
 
-    def _put(self, run: Run) -> None:
+    def put(self, run: Run) -> None:
+        """Queue a run that is claimed as *queued* by this process."""
         with self._lock:
             self._waiting.append(run.id)
         self._queue.put(run)
 
     def _work(self) -> None:
+        wait = None
         while True:
-            run = self._queue.get()
-            with self._lock:
-                if run.id not in self._waiting:
-                    continue  # stopped while it waited
+            with suppress(queue.Empty):
+                run = self._queue.get(timeout=wait)
+                if self._begins(run):
+                    self._execute(run)
+                    with self._lock:
+                        self._working.discard(run.id)
+            wait = None if store.write_endings() else RETRY
+
+    def _begins(self, run: Run) -> bool:
+        """Whether a run whose turn has come still waits, and was not stopped meanwhile; it waits no longer."""
+        with self._lock:
+            waits = run.id in self._waiting
+            if waits:
                 self._waiting.remove(run.id)
                 self._working.add(run.id)
-            self._execute(run)
-            with self._lock:
-                self._working.discard(run.id)
+        return waits
 
     def _execute(self, run: Run) -> None:
         load_engine()
@@ -177,10 +175,14 @@ class Jobs:
 
         try:
             pipeline.execute(run)
-        except Exception as error:  # noqa: BLE001  (the queue goes on whatever one run does)
-            # Not the pipeline's failures, which it records: the folder is gone, locked or full.
+        except store.Busy:
+            pass  # it is another process's to end
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (the queue goes on whatever one run does)
+            # Not the pipeline's failures, which it records: the folder is gone, damaged or full.
             with suppress(OSError, store.StoreError):
                 run.end(run.state(), "failed", failure.plain_words(error))
+        gc.collect()  # what a failed run held goes back before the next one begins
+        pipeline.free_device_memory()
 
 
 class Execute(Protocol):
@@ -200,9 +202,11 @@ def through(executor: Executor, poll: float = 1.0) -> Execute:
     """Execute by an executor, behind the runs that wait there. poll: seconds between two looks at the run."""
 
     def execute(run: Run, on_step: OnStep, stop: Stop) -> str:
-        if run.state().status == "queued":  # a new one: an executor takes those that were stopped
-            run.end(run.state(), "stopped", None)
-        executor.resume(run)
+        state = run.state()
+        if state.status == "queued" and owner.is_this_process(state):  # a new one
+            executor.put(run)
+        else:
+            executor.resume(run)
         return follow(run, on_step, stop, executor, poll)
 
     return execute

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import giveway
 from .memory import CUDA, RESIDENT, peak_growth
 from .seeds import generator
 from .unet import image_shape
@@ -76,12 +77,12 @@ def measure(unets: dict[str, nn.Module], batch: int = BATCH, rounds: int = ROUND
     times: dict[str, list[float]] = {name: [] for name in unets}
     inputs = {name: example(unet, batch) for name, unet in unets.items()}
     for name, unet in unets.items():
-        for _ in range(WARMUP):
+        for _ in giveway.between(range(WARMUP)):
             unet(*inputs[name])
     names = list(unets)
     for at in range(rounds):
         first = at % len(names)
-        for name in names[first:] + names[:first]:
+        for name in giveway.between(names[first:] + names[:first]):
             times[name].append(_once(unets[name], inputs[name]))
         yield {name: _summary(times[name], inputs[name][0]) for name in names}
 
@@ -112,7 +113,7 @@ def benchmark(
     found = contenders(variants, ways, onnx or {})
     rows: list[Speed] = []
     for batch in batches:
-        absent = {key: _fault(module, batch, key[1]) for key, module in found.items()}
+        absent = {key: _fault(found[key], batch, key[1]) for key in giveway.between(found)}
         running = {key: found[key] for key, fault in absent.items() if not fault}
         timed: dict = {}
         if running:
@@ -263,7 +264,7 @@ def _memory(module: nn.Module, batch: int) -> tuple[int | None, str | None]:
 def _once(unet: nn.Module, inputs: tuple) -> float:
     """Milliseconds of one call, between two events on a CUDA device's own clock."""
     device = inputs[0].device
-    _synchronize(device)
+    synchronize(device)
     if device.type == "cuda":
         with torch.cuda.device(device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -274,11 +275,12 @@ def _once(unet: nn.Module, inputs: tuple) -> float:
         return start.elapsed_time(end)
     began = time.perf_counter()
     unet(*inputs)
-    _synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - began) * 1000
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

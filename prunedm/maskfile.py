@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from . import pattern
+from .files import StoreError, require_known, write_atomic, write_json
 from .stage_recipes import parse_pattern
-from .store import MASKS, write_atomic, write_json
+from .store import MASKS
 from .unet import WEIGHTS
 
 SCHEMA = 1
@@ -55,7 +56,8 @@ def manifest(path: Path) -> dict[str, Any]:
     """The JSON beside a masks file; MaskFileError when it is missing or not what :func:`write` makes."""
     try:
         found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
-        good = found["schema"] == SCHEMA and isinstance(found["sha256"], str)
+        require_known(manifest_path(path), found["schema"], SCHEMA)
+        good = isinstance(found["sha256"], str)
         good = good and all(
             isinstance(layer["kept"], int)
             and isinstance(layer["shape"], list)
@@ -68,6 +70,8 @@ def manifest(path: Path) -> dict[str, Any]:
         raise MaskFileError(
             f"{manifest_path(path)} cannot be read ({error.strerror}); extract the masks again"
         ) from None
+    except StoreError as error:
+        raise MaskFileError(str(error)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         good = False
     if not good:

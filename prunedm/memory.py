@@ -12,6 +12,8 @@ from collections.abc import Callable
 import psutil
 import torch
 
+from . import giveway
+
 LOOK_EVERY = 0.001  # seconds between two looks at the resident set
 RESIDENT, CUDA = "resident set growth", "torch.cuda.max_memory_allocated growth"
 
@@ -60,7 +62,7 @@ def peak_growth(call: Callable[[], object], device: torch.device, calls: int = 3
     """The largest growth of memory in some calls, bytes; None on devices that keep no peak."""
     gc.collect()
     found = []
-    for _ in range(calls):
+    for _ in giveway.between(range(calls)):
         with PeakMemory(device) as memory:
             call()
         found.append(memory.growth)

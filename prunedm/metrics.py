@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cache, extractors
+from . import cache, extractors, giveway
 from .bundled import REFERENCE
 from .extractors import Extractor
 from .seeds import derive, generator
@@ -32,7 +32,7 @@ CACHE_VERSION = "2"
 def extract(images: Iterable[Tensor], device: str = "cpu", extractor: Extractor | None = None) -> Tensor:
     """Features float32 ``[N, D]`` on the CPU of batches of uint8 images; the bundled extractor unless one is given."""
     extractor = extractor or extractors.get("bundled", device)
-    return torch.cat([extractor.features(batch) for batch in images])
+    return torch.cat([extractor.features(batch) for batch in giveway.between(images)])
 
 
 # --- The Frechet distance
@@ -115,7 +115,7 @@ def frechet_spread(features: Tensor, real: Statistics, seed: int = 0, draws: int
         return None
     rng, values = np.random.default_rng(derive(seed, "frechet")), features.double()
     found = []
-    for _ in range(draws):
+    for _ in giveway.between(range(draws)):
         moments = Moments()
         moments.add(values[torch.from_numpy(rng.integers(len(values), size=len(values)))])
         found.append(frechet_distance(moments.statistics(), real))
@@ -183,7 +183,7 @@ def kid_shares(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of the kernel over y for each of x and over x for each of y; memory for 1024 rows at a time."""
     rows, columns = [], torch.zeros(len(y), dtype=x.dtype)
-    for part in x.split(1024):
+    for part in giveway.between(x.split(1024)):
         kernel = ((part @ y.T) / x.shape[1] + 1).pow_(3)
         rows.append(kernel.sum(1))
         columns += kernel.sum(0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .charts import GREY, VARIANT_COLORS, Figure, bin_names, layout, plain
+from .charts import GREY, VARIANT_COLORS, Figure, Look, bin_names, curve_layout, layout, lines, plain, series
+from .steps import Steps
 
+RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#808495")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star")
 SHAPES = ("", "/", "x", ".", "+")
@@ -139,3 +141,20 @@ def _place(points: list[tuple[float, float]], i: int) -> str:
 
     side = "right" if x <= (left + right) / 2 else "left"
     return f"{'bottom' if any(above(j) for j in range(len(points)) if j != i) else 'top'} {side}"
+
+
+def run_curves(runs: list[tuple[str, Steps, Look]], key: str, view: str, where: str = "all stages") -> Figure:
+    """One figure of several runs, a colour and a dash a run: raw as a shadow, smoothed on top, a break a stage."""
+    traces = []
+    for number, (name, steps, look) in enumerate(runs):
+        named = False
+        for stage, x, y in series(steps, key, look.minutes):
+            for line in lines(x, y, plain(name), RUN_COLORS[number % len(RUN_COLORS)], look.weight(key)):
+                if line.get("showlegend", True):  # not the shadow
+                    line |= {"showlegend": not named, "line": line["line"] | {"dash": DASHES[number % len(DASHES)]}}
+                    line |= {
+                        "hovertemplate": f"{plain(name)}, {plain(stage)}<br>%{{x:,.6~g}}: %{{y:.5g}}<extra></extra>"
+                    }
+                    named = True
+                traces.append(line | {"legendgroup": str(number)})
+    return {"data": traces, "layout": curve_layout(key, view, runs[0][2], where)}

@@ -7,16 +7,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import Any
 
-from . import failure, system
-from .inputs import InputError
+import torch
+
+from . import failure, giveway, system
 from .progress import MetricsWriter
-from .records import RESUMABLE, Step
+from .records import Step
 from .stages import Pipeline
 from .store import Run
 
 LOOK_EVERY = 0.2  # seconds between two looks at what a paused run is asked to do
-HEARTBEAT = 5.0  # seconds between two signs of life of a paused run
+HEARTBEAT = 5.0  # seconds between two signs of life of a run that is paused or in a long step
 
 
 def execute(
@@ -26,8 +28,9 @@ def execute(
 ) -> str:
     """Run or resume; returns the final status: done, stopped or failed. Records every ending.
 
-    ``stop`` is asked after each step; so are the run's request files, through which other processes ask
-    it to stop, to pause and to go on.
+    ``stop`` is asked after each step and between the parts of long ones; so are the run's request files, through
+    which other processes ask it to stop, to pause and to go on. store.Busy, with nothing changed, where another
+    process works on the run or has it in its queue.
     """
     with run.lock():
         return work(run, on_step, stop)
@@ -43,86 +46,122 @@ def work(
 
     with training.memory_kept(), system.sampled(run):
         state = run.state()
+        run.require_free(state)
         run.claim(state, "running")
-        writer = MetricsWriter(run, state)
+        session = Session(run, MetricsWriter(run, state), stop)
         status, error, remedy = "done", None, {}
         try:
-            for step in _recorded_steps(run, writer, stop):
-                on_step(step)
+            with giveway.listening(session.give_way):
+                for step in session.steps():
+                    on_step(step)
         except Stopped:
             status = "stopped"
         except KeyboardInterrupt:
             status, error = "interrupted", "interrupted; the last checkpoint is kept"
-        except Exception as cause:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
-            status, error = "failed", failure.plain_words(cause)
-            remedy = failure.remedy(cause, run.recipe(), state.stage)
-            with suppress(OSError):
-                run.log(traceback.format_exc())
+        except (Exception, SystemExit) as cause:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
+            status, error, remedy = "failed", *_explained(run, cause, state.stage)
+        session.work = None  # the memory of models goes back before the ending is told
         with suppress(OSError):
-            writer.flush()
+            session.writer.flush()
             run.event(status, error=error)
             run.log(status if error is None else f"{status}: {error}")
         run.end(state, status, error, remedy)
         return status
 
 
+def _explained(run: Run, cause: BaseException, stage: str) -> tuple[str, dict[str, Any]]:
+    """Why a run failed, in one line, and the fields to change; the traceback goes into its log."""
+    with suppress(OSError):
+        run.log("".join(traceback.format_exception(cause)))
+    try:
+        recipe = run.recipe()
+    except (ValueError, OSError):  # what is wrong may be the recipe itself
+        return failure.plain_words(cause), {}
+    return failure.plain_words(cause, failure.batch_field(recipe, stage)), failure.remedy(cause, recipe, stage)
+
+
 class Stopped(Exception):  # noqa: N818
     """Someone asked the run to stop; its checkpoint is written."""
 
 
-def _recorded_steps(run: Run, writer: MetricsWriter, stop: Callable[[], bool]) -> Iterator[Step]:
-    """The pipeline's steps, each recorded and then followed by a look at requests to stop and to pause."""
+class Session:
+    """One stretch of work on a run: its steps, each recorded, and its answers to requests to stop and to pause."""
 
-    def told_to_stop() -> bool:
-        return stop() or run.stop_requested()
+    def __init__(self, run: Run, writer: MetricsWriter, stop: Callable[[], bool]) -> None:
+        self.run, self.writer, self.stop = run, writer, stop
+        self.work: Pipeline | None = None
+        self.before, self.started = writer.state.seconds, time.time()
 
-    state, started = writer.state, time.time()
-    before, state.started, state.ended = state.seconds, started, None
-    run.event("started", stages_done=list(state.stages_done))
-    run.log(f"started (stages done: {', '.join(state.stages_done) or 'none'})")
-    if told_to_stop():
-        raise Stopped
-    work = Pipeline(run, run.recipe(), writer)
-    started += _hold(work, told_to_stop)
-    for step in work.stages():
-        state.seconds = before + time.time() - started
-        writer.add(step)
-        yield step
-        if told_to_stop():
-            work.save_checkpoint()
+    def steps(self) -> Iterator[Step]:
+        """The pipeline's steps."""
+        state = self.writer.state
+        state.started, state.ended = self.started, None
+        self.run.event("started", stages_done=list(state.stages_done))
+        self.run.log(f"started (stages done: {', '.join(state.stages_done) or 'none'})")
+        self.give_way()
+        self.work = Pipeline(self.run, self.run.recipe(), self.writer)
+        for step in self.work.stages():
+            self._count_time()
+            self.writer.add(step)
+            yield step
+            self.give_way()
+        self._count_time()
+
+    def give_way(self) -> None:
+        """Between two steps, or two parts of one: hold or raise Stopped where that is asked, after a checkpoint.
+
+        Else, once in a while, a sign of life.
+        """
+        if self._is_told_to_stop():
+            self._save_checkpoint()
             raise Stopped
-        started += _hold(work, told_to_stop)
-    state.seconds = before + time.time() - started
+        if self.run.pause_requested():
+            self._hold()
+        elif time.monotonic() - self.writer.written > HEARTBEAT:
+            self.writer.flush()
+
+    def _is_told_to_stop(self) -> bool:
+        return self.stop() or self.run.stop_requested()
+
+    def _save_checkpoint(self) -> None:
+        if self.work is not None:
+            self.work.save_checkpoint()
+
+    def _count_time(self) -> None:
+        self.writer.state.seconds = self.before + time.time() - self.started
+
+    def _hold(self) -> None:
+        """Wait for as long as a pause is asked for; Stopped when the run is asked to stop meanwhile.
+
+        The checkpoint is saved first, so that a process that dies here loses nothing.
+        """
+        self._save_checkpoint()
+        began = time.monotonic()
+        self.writer.state.status = "paused"
+        self.run.event("paused")
+        self.run.log("paused")
+        self.writer.flush()
+        while self.run.pause_requested():
+            if self._is_told_to_stop():
+                raise Stopped
+            time.sleep(LOOK_EVERY)
+            if time.monotonic() - self.writer.written > HEARTBEAT:
+                self.writer.flush()
+        seconds = time.monotonic() - began
+        self.started += seconds
+        self.writer.held(seconds)
+        self.writer.state.status = "running"
+        self.run.event("continued", seconds=round(seconds, 3))
+        self.run.log(f"continued after a pause of {seconds:.0f} s")
+        self.writer.flush()
 
 
-def _hold(work: Pipeline, told_to_stop: Callable[[], bool]) -> float:
-    """Wait for as long as a pause is asked for; returns the seconds waited.
-
-    The checkpoint is saved first, so that a process that dies here loses nothing. Raises Stopped when the
-    run is asked to stop meanwhile.
-    """
-    run, writer = work.run, work.writer
-    if not run.pause_requested():
-        return 0.0
-    work.save_checkpoint()
-    began = time.monotonic()
-    writer.state.status = "paused"
-    run.event("paused")
-    run.log("paused")
-    writer.flush()
-    while run.pause_requested():
-        if told_to_stop():
-            raise Stopped
-        time.sleep(LOOK_EVERY)
-        if time.monotonic() - writer.written > HEARTBEAT:
-            writer.flush()
-    seconds = time.monotonic() - began
-    writer.held(seconds)
-    writer.state.status = "running"
-    run.event("continued", seconds=round(seconds, 3))
-    run.log(f"continued after a pause of {seconds:.0f} s")
-    writer.flush()
-    return seconds
+def free_device_memory() -> None:
+    """Give what a GPU's allocator keeps for later back to the device."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def import_all() -> None:
@@ -132,12 +171,3 @@ def import_all() -> None:
     diffusers = importlib.import_module("diffusers")
     for name in ("DDIMScheduler", "DDPMPipeline", "DDPMScheduler", "UNet2DModel"):
         getattr(diffusers, name)
-
-
-def resumable(run: Run) -> None:
-    """InputError unless the run can go on; old requests to stop or to pause are forgotten."""
-    status = run.state().status
-    if status not in RESUMABLE:
-        raise InputError(f"run {run.id} is {status}; only {', '.join(RESUMABLE)} runs can be resumed")
-    run.clear_stop()
-    run.clear_pause()

@@ -144,7 +144,7 @@ def _work(plan: Plan, begin: Callable[[], Any], out: Path, as_json: bool) -> Non
         with interruptions("training") as stop, _bar(plan.steps) as on_step:
             record = engine.execute(run, plan, images, on_step, stop)
     except (ArithmeticError, RuntimeError, MemoryError) as error:
-        print(f"error: {plain_words(error)}", file=sys.stderr)
+        print(f"error: {plain_words(error, 'data.batch_size')}", file=sys.stderr)
         raise typer.Exit(FAILED) from error
     if record is None:
         print(f"stopped; go on with: python -m prunedm pretrain --out {out} --resume")

@@ -43,7 +43,8 @@ class MetricsWriter:
         self.stage_began += seconds
 
     def flush(self) -> None:
+        """Write all lines and the state; lines that a full disk refuses are kept for the next time."""
         self.written = time.monotonic()
+        self.run.append("metrics.jsonl", self.lines)
+        self.lines = []
         self.run.write_state(self.state)
-        lines, self.lines = self.lines, []
-        self.run.append("metrics.jsonl", lines)

@@ -158,8 +158,11 @@ class RunState:
     seconds: float = 0.0  # time spent running, over all resumes
     heartbeat: float = 0.0
     pid: int | None = None
-    pid_started: float | None = None
+    pid_started: float | None = None  # by the clock of its host
+    began: float | None = None  # by its machine: ticks since boot on Linux, else seconds
     host: str | None = None
+    machine: str | None = None  # the boot and the set of pids of its owner; None in files of schema 1
+    program: str = ""  # what the owner calls itself
     error: str | None = None  # one line, plain words
     remedy: dict[str, Any] = field(default_factory=dict)  # of a failure: section.field to the value to try next
-    schema: int = 1
+    schema: int = 2

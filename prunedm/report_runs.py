@@ -118,7 +118,7 @@ def _mask_charts(name: str, masked: list[dict[str, Any]]) -> Iterator[Html]:
                 for la in whole]  # fmt: skip
         data = table(head, [row + [""] * (len(head) - len(row)) for row in rows], "Compliance by layer", kind="tall")
         alt = f"Compliance, density and position balance of {len(whole)} masked layers of {name}"
-        note = "Even is 1/M of the kept weights on each position; shades are relative to twice that."
+        note = "Even is 1/M of the kept weights on each position; the shades of positions span a quarter around even."
         yield chart(
             charts.compliance_heatmap(charts.plain(whole), "layers"), "Compliance and positions", alt, data, note
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import store
+from .files import require_known
 from .recipe import Recipe
 from .records import ACTIVE, VARIANTS
 from .store import RUN_ID, Run, StoreError
@@ -77,11 +78,10 @@ def read_notes(run: Run) -> Notes:
         raw = store.read_json(path)
     except StoreError as error:
         raise StoreError(f"{path} cannot be read ({error.__cause__}); restore or delete the file") from None
+    require_known(path, raw.get("schema") if isinstance(raw, dict) else None, SCHEMA)
     try:
         if set(raw) != {"schema", "tags", "note", "archived"} or not isinstance(raw["tags"], list):
             raise StoreError("its fields are not those of notes")
-        if type(raw["schema"]) is not int or raw["schema"] != SCHEMA:
-            raise StoreError(f"it is of version {_shown(raw['schema'])} and not {SCHEMA}")
         return Notes(tuple(raw["tags"]), raw["note"], raw["archived"])
     except (TypeError, StoreError) as error:
         raise StoreError(f"{path} is damaged ({error}); restore or delete the file") from None
@@ -141,7 +141,7 @@ class Trashed:
 def delete(run: Run) -> Trashed:
     """Move a run to the trash, in one step; StoreError for one that is active, locked or not a run's folder."""
     runs_dir = run.folder.parent
-    found = store.find(runs_dir, run.id)
+    found = store.locate(runs_dir, run.id)
     trash = _trash(runs_dir)
     had_lock = os.path.lexists(found.folder / ".lock")
     try:

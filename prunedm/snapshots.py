@@ -15,7 +15,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from .store import Run, write_npz
+from .files import write_npz
+from .store import Run
 
 LARGEST = 64  # heatmap cells a side
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import diffusion, evaluate, mask_stage, model_card, pictures, report_page, store, structured, unet
+from . import diffusion, evaluate, giveway, mask_stage, model_card, pictures, report_page, store, structured, unet
 from .failure import Diverged
 from .inputs import load_inputs, rounding
 from .learn import FixedMasks
@@ -39,6 +39,7 @@ class Pipeline:
         self.device = unet.resolve_device(recipe.device)
         self.trainer: Trainer | None = None
         self.saved, self.checkpoint_after = time.monotonic(), CHECKPOINT_SECONDS
+        self.saved_step = 0  # of the stage at hand
 
     def stages(self) -> Iterator[Step]:
         """Every step of every stage that is not done yet."""
@@ -59,7 +60,7 @@ class Pipeline:
             self.run.log(f"stage {stage}")
             self.writer.begin(stage, 0, 0)
             yield from getattr(self, f"_{stage}")()
-            self.trainer = None
+            self.writer.flush()  # a stage whose last lines cannot be written is not done
             self.writer.state.stages_done.append(stage)
             self.writer.flush()
             self.run.drop_checkpoint(stage)
@@ -74,6 +75,7 @@ class Pipeline:
         if self.trainer is not None:
             self.writer.flush()
             self.run.save_checkpoint(self.trainer.stage, self.trainer.tensors(), {"done": self.trainer.done})
+            self.saved_step = self.trainer.done
         self.saved = time.monotonic()
         self.checkpoint_after = max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * (self.saved - started))
 
@@ -222,7 +224,7 @@ class Pipeline:
     def _write_cards(self) -> None:
         """A README.md in each variant's folder, now that its figures are known."""
         patterns = {layer["layer"]: layer["pattern"] for layer in self.run.layers() if layer["eligible"]}
-        for name in self.run.variants():
+        for name in giveway.between(self.run.variants()):
             folder = self.run.variant(name)
             model, record = unet.load_unet(folder / "unet"), store.read_json(folder / store.VARIANT_RECORD)
             origin = (self.recipe.model.source, self.recipe.data.source)
@@ -254,22 +256,28 @@ class Pipeline:
                 f"stage {stage} goes on from step {trainer.done}: {lost} steps after its checkpoint are redone"
             )
         self.run.forget_after(stage, trainer.done)
-        self.trainer, self.saved = trainer, time.monotonic()
+        self.trainer, self.saved, self.saved_step = trainer, time.monotonic(), trainer.done
         self.writer.begin(stage, trainer.done, steps)
         previewed = {max(1, steps // 2), max(1, steps // 4), max(1, steps * 3 // 4)} if steps > 1 else set()
         if steps < 200:
             previewed = {steps // 2} & previewed
         if window is not None:
             previewed = set()  # the cuts are drawn
+        if trainer.done in previewed and not self.run.sample_path(stage, trainer.done).exists():
+            self._preview(stage, trainer.done, learner)  # it was stopped before it drew
         for step in self._watched(trainer):
             if masks is not None:
                 for alert in masks.follow(step):
                     self._alert(stage, step.step, **alert)
+            yield step
+            # After the step is recorded: drawing gives way, with a checkpoint, which must hold whole steps.
             if step.step in previewed:
                 self._preview(stage, step.step, learner)
-            yield step
             if time.monotonic() - self.saved > self.checkpoint_after:
                 self.save_checkpoint()
+        if trainer.done > self.saved_step:
+            self.save_checkpoint()
+        self.trainer = None  # what follows changes the weights, and is no state to go on from
 
     def _watched(self, trainer: Trainer) -> Iterator[Step]:
         """The trainer's steps; one that ends in no number leaves an alert."""

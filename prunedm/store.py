@@ -13,23 +13,21 @@ crash tore is ignored by readers, closed off by the next writer and dropped on r
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-from filelock import FileLock, Timeout
-
-from . import owner
+from . import files, owner
 from . import recipe as recipes
+from .files import StoreError, read_json, require_known, write_atomic, write_json
 from .jsonl import read_jsonl
-from .records import ACTIVE, STAGES, VARIANTS, LayerReport, RunState, Status
+from .records import ACTIVE, RESUMABLE, STAGES, VARIANTS, LayerReport, RunState, Status
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,58 +38,27 @@ RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
 HEARTBEAT = ".heartbeat"  # its time is that of the owner's last sign of life, where state.json's is older
-SCHEMA = 1
+SCHEMA = 2  # of state.json; 1 knew an owner by pid and clock alone
+NUMBERS = ("created", "seconds", "heartbeat", "step", "of", "pid", "pid_started", "began")  # of a state
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
 
-class StoreError(ValueError):
-    """A run folder that is missing, unreadable, locked or full, in one line."""
+class Busy(StoreError):
+    """Another process works on the run, or is about to; nothing was changed."""
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write beside, flush to disk, replace: a reader sees the old file or the new, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        _keep_name(path.parent)
-    except OSError:
-        part.unlink(missing_ok=True)  # on a full disk its space is the first to be needed
-        raise
+_UNWRITTEN: dict[Path, RunState] = {}  # endings of this process's runs that could not be written yet
 
 
-def _keep_name(folder: Path) -> None:
-    """Flush a folder's list of names, without which a power cut may undo a replacement. Not where there is no way."""
-    if os.name != "posix":
-        return  # Windows opens no folders, and its replace is written through
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic JSON."""
-    write_atomic(path, json.dumps(value, indent=1, allow_nan=False).encode())
-
-
-def write_npz(path: Path, **arrays: Any) -> None:
-    """Arrays in one compressed file, atomically; read with ``allow_pickle=False``."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{key: np.asarray(value) for key, value in arrays.items()})
-    write_atomic(path, buffer.getvalue())
-
-
-def read_json(path: Path) -> Any:
-    """JSON, or StoreError with the file's name."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read ({error}); restore or delete the run") from error
+def write_endings() -> bool:
+    """Try again to write the endings that a full disk refused; whether none is left."""
+    for folder, state in list(_UNWRITTEN.items()):
+        with suppress(OSError):
+            if folder.is_dir():
+                Run(folder).write_state(state)
+            else:
+                _UNWRITTEN.pop(folder, None)
+    return not _UNWRITTEN
 
 
 class Run:
@@ -140,30 +107,40 @@ class Run:
 
     def state(self) -> RunState:
         """The recorded state, with a dead owner's run shown as *interrupted*."""
-        raw = read_json(self.folder / "state.json")
-        known = {field.name for field in dataclasses.fields(RunState)}
-        schema = raw.get("schema") if isinstance(raw, dict) else None
-        if not isinstance(schema, int) or schema > SCHEMA or not set(raw) <= known:
-            raise StoreError(f"{self.folder}/state.json is of another version; update prunedm to read it")
-        state = RunState(**raw)
-        numbers = (state.created, state.seconds, state.heartbeat, state.step, state.of, state.pid_started or 0)
-        if state.status not in get_args(Status) or not all(isinstance(n, int | float) for n in numbers):
-            raise StoreError(f"{self.folder}/state.json is damaged; restore or delete the run")
+        state = self._recorded()
         with suppress(FileNotFoundError):
             state.heartbeat = max(state.heartbeat, (self.folder / HEARTBEAT).stat().st_mtime)
+        if state.status in ACTIVE and owner.is_this_process(state):
+            state = _UNWRITTEN.get(self.folder, state)
         if state.status in ACTIVE and not owner.lives(state, STALE_AFTER):
             state.status = "interrupted"
         elif state.status in ACTIVE and self.stop_requested():
             state.status = "stopping"
         return state
 
+    def _recorded(self) -> RunState:
+        """The state as it stands in the file; StoreError where it is damaged or of a later version."""
+        path = self.folder / "state.json"
+        raw = read_json(path)
+        known = {field.name for field in dataclasses.fields(RunState)}
+        require_known(path, raw.get("schema") if isinstance(raw, dict) else None, SCHEMA)
+        if not set(raw) <= known:
+            raise StoreError(f"{path} is damaged: {min(set(raw) - known)[:40]!r} is no part of it; restore the file")
+        state = RunState(**raw)
+        if state.status not in get_args(Status) or not all(isinstance(raw.get(n) or 0, int | float) for n in NUMBERS):
+            raise StoreError(f"{path} is damaged; restore or delete the run")
+        return state
+
     def write_state(self, state: RunState) -> None:
-        state.heartbeat = time.time()
+        state.heartbeat, state.schema = time.time(), SCHEMA
         write_json(self.folder / "state.json", dataclasses.asdict(state))
+        _UNWRITTEN.pop(self.folder, None)
 
     def beat(self) -> None:
         """A sign of life for other machines, from an owner that has no news to write."""
-        (self.folder / HEARTBEAT).touch()
+        path, now = self.folder / HEARTBEAT, time.time()
+        path.touch()
+        os.utime(path, (now, now))  # by the clock of state.json's, and not by a file server's
 
     def claim(self, state: RunState, status: Status) -> None:
         """Record this process as the run's owner."""
@@ -171,22 +148,46 @@ class Run:
         state.status, state.error, state.remedy = status, None, {}
         self.write_state(state)
 
+    def take(self) -> None:
+        """Claim a stopped, failed or interrupted run as *queued* by this process: of all that try, one gets it.
+
+        Old requests to stop or to pause are forgotten. StoreError, saying who has the run, when it cannot be taken.
+        """
+        with self.lock():
+            state = self.state()
+            if state.status not in RESUMABLE:
+                by = f" by {owner.words(state)}" if state.status in ACTIVE else ""
+                raise StoreError(f"run {self.id} is {state.status}{by}; it cannot be resumed; only an ended one can")
+            self.clear_stop()
+            self.clear_pause()
+            self.claim(state, "queued")
+
+    def require_free(self, state: RunState) -> None:
+        """Busy unless this process may work on the run: another's claim stands for as long as that one lives."""
+        if state.status in ACTIVE and not owner.is_this_process(state):
+            raise Busy(f"run {self.id} is {state.status} by {owner.words(state)}; wait for it or stop it")
+
     def end(self, state: RunState, status: Status, error: str | None, remedy: dict[str, Any] | None = None) -> None:
-        """Record how the work on the run ended; ``remedy`` as in RunState."""
+        """Record how the work on the run ended; ``remedy`` as in RunState.
+
+        What a full disk refuses is kept in memory, where :meth:`state` finds it, until it can be written.
+        """
         state.status, state.error, state.ended, state.eta = status, error, time.time(), None
         state.remedy = remedy or {}
-        self.clear_stop()
-        self.clear_pause()
-        self.write_state(state)
+        try:
+            self.clear_stop()
+            self.clear_pause()
+            self.write_state(state)
+        except OSError:
+            _UNWRITTEN[self.folder] = state
 
     @contextmanager
     def lock(self, patience: float = 0.0) -> Iterator[None]:
-        """Only one process works on a run; the second is told at once, or after ``patience`` seconds."""
-        lock = FileLock(self.folder / ".lock", thread_local=False)
-        try:
-            lock.acquire(timeout=patience)
-        except Timeout:
-            raise StoreError(f"run {self.id} is already being worked on; wait for it or stop it") from None
+        """Only one process works on a run; the second is told who does (Busy), at once or after so many seconds."""
+        lock = owner.Lock(self.folder / ".lock")
+        holder = lock.acquire(patience)
+        if holder:
+            raise Busy(f"run {self.id} is being worked on by {holder}; wait for it or stop it")
         try:
             yield
         finally:
@@ -213,13 +214,8 @@ class Run:
 
     # --- growing files -----------------------------------------------------------------------
     def append(self, name: str, records: Iterable[dict[str, Any]]) -> None:
-        """Append lines to ``metrics.jsonl`` or ``events.jsonl`` in one write."""
-        content = "".join(json.dumps(record) + "\n" for record in records).encode()
-        if content:
-            with (self.folder / name).open("ab+") as file:
-                if file.tell() and not _ends_a_line(file):
-                    content = b"\n" + content  # a crash tore the last line: let it be the only victim
-                file.write(content)
+        """Append lines to ``metrics.jsonl`` or another growing file, all of them or none."""
+        files.append(self.folder / name, records)
 
     def event(self, kind: str, **values: Any) -> None:
         self.append("events.jsonl", [{"time": round(time.time(), 3), "kind": kind, **values}])
@@ -252,41 +248,20 @@ class Run:
                 path.unlink()
 
     def require_own_files(self) -> None:
-        """StoreError when a link stands anywhere in the folder: what it leads to is not the run's to show."""
-        waiting = [str(self.folder)]
-        while waiting:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    if entry.is_symlink():
-                        raise StoreError(f"{entry.path} is a link; a run holds its own files only: remove it or copy")
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
+        """StoreError when a link or a pipe stands in the folder: what it leads to is not the run's to show."""
+        foreign = files.foreign(self.folder)
+        if foreign:
+            raise StoreError(f"{foreign[0]} is {foreign[1]}; a run holds its own files only: remove it or copy")
 
     # --- tensors -----------------------------------------------------------------------------
     def save_checkpoint(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Tensors and a JSON record in one safetensors file, replaced atomically."""
-        from safetensors.torch import save
-
+        """Tensors and a JSON record, replaced atomically."""
         (self.folder / "checkpoints").mkdir(exist_ok=True)
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        content = save(plain, metadata={"record": json.dumps(meta)})
-        write_atomic(self.folder / "checkpoints" / f"{name}.safetensors", content)
+        files.write_tensors(self.folder / "checkpoints" / f"{name}.safetensors", tensors, meta)
 
     def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What :meth:`save_checkpoint` wrote, or None when there is none."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / "checkpoints" / f"{name}.safetensors"
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, json.loads(file.metadata()["record"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise StoreError(
-                f"{path} cannot be read ({error}); delete the file and resume: its stage is done again"
-            ) from error
+        return files.read_tensors(self.folder / "checkpoints" / f"{name}.safetensors")
 
     def has_checkpoint(self, name: str) -> bool:
         return (self.folder / "checkpoints" / f"{name}.safetensors").exists()
@@ -357,11 +332,6 @@ def _all_have(records: Iterable[Any], names: set[str]) -> bool:
     return all(isinstance(record, dict) and names <= set(record) for record in records)
 
 
-def _ends_a_line(file: BinaryIO) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) == b"\n"
-
-
 def stage_step(path: Path) -> tuple[str, int]:
     """``mask-0000300.npz`` to ``("mask", 300)``."""
     stage, _, step = path.stem.rpartition("-")
@@ -378,9 +348,13 @@ def create(runs_dir: Path, recipe: recipes.Recipe) -> Run:
             run.folder.mkdir()
         except FileExistsError:
             continue
-        run.claim(RunState(created=time.time(), schema=SCHEMA), "queued")
-        # The recipe is written last: it is what makes the folder a run in the eyes of lists.
-        write_atomic(run.folder / "recipe.yaml", recipe.to_yaml().encode())
+        try:
+            run.claim(RunState(created=time.time()), "queued")
+            # The recipe is written last: it is what makes the folder a run in the eyes of lists.
+            write_atomic(run.folder / "recipe.yaml", recipe.to_yaml().encode())
+        except OSError:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            raise
         return run
     raise StoreError(f"{runs_dir} already holds 999 runs named {stem}; use another --name")
 
@@ -401,15 +375,20 @@ def is_run(runs_dir: Path, run_id: str) -> bool:
 
 
 def find(runs_dir: Path, run_id: str) -> Run:
-    """A run by id. The id is checked before it joins a path."""
+    """A run by id, to read or to work on. The id is checked before it joins a path."""
+    run = locate(runs_dir, run_id)
+    run.require_own_files()
+    return run
+
+
+def locate(runs_dir: Path, run_id: str) -> Run:
+    """A run by id whatever its folder holds: to move it, and not to read it."""
     if not RUN_ID.fullmatch(run_id):
         raise StoreError(f"run id {run_id!r} is not an id; `python -m prunedm ls` lists them")
     folder = runs_dir / run_id
     if folder.is_symlink() or not os.path.isfile(folder / "recipe.yaml"):
         raise StoreError(f"no run {run_id!r} in {runs_dir}; `python -m prunedm ls` lists them")
-    run = Run(folder)
-    run.require_own_files()
-    return run
+    return Run(folder)
 
 
 def all_runs(runs_dir: Path) -> list[Run]:

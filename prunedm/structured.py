@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import latency, masked_unet, pattern, uniform
+from . import giveway, latency, masked_unet, pattern, uniform
 from .channel_groups import ChannelGroup, channel_groups
 from .channel_scores import scoring
 from .pruned_unet import attentions, sync_attributes
@@ -100,7 +100,7 @@ def prune(
     widths = choose_widths(
         groups,
         plan(groups, spec.ranking),
-        measure,
+        giveway.before_each(measure),
         spec.target,
         spec.of == "latency",
         units,

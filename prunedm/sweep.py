@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import comparison, store, sweep_trials
+from .files import require_known
 from .records import ACTIVE
 from .sweep_spec import Sweep, SweepError
 from .sweep_spec import build as build_spec
@@ -38,7 +39,8 @@ FEWEST = 10  # finished trials before importances mean anything
 BEST_SHARE = 0.25  # importances: what sets the best quarter of the trials apart
 
 # Notes at a study, in its user attributes.
-SPEC, TRIALS, STOP_ASKED = "sweep", "trials", "stop_asked"
+SPEC, TRIALS, STOP_ASKED, VERSION = "sweep", "trials", "stop_asked", "schema"
+SCHEMA = 1  # of the notes; studies without one are of this version too
 
 
 # --- storage -----------------------------------------------------------------------------------
@@ -133,8 +135,10 @@ def start(spec: Sweep, runs_dir: Path, storage: str | None = None, trials: int |
         directions=["minimize"] * len(spec.objectives.figures),
         load_if_exists=True,
     )
+    _require_known(study)
     known = study.user_attrs.get(SPEC)
     if known is None:
+        study.set_user_attr(VERSION, SCHEMA)
         study.set_user_attr(SPEC, spec.model_dump(mode="json"))
     else:
         _require_same(spec, build_spec(known))
@@ -171,7 +175,16 @@ def load(name: str, runs_dir: Path, storage: str | None = None, **beat: int) -> 
         raise missing from None
     if SPEC not in study.user_attrs:
         raise MissingError(f"study {name!r} in {shown(url)} is not a sweep, or not yet; give the name of a sweep")
+    _require_known(study)
     return study
+
+
+def _require_known(study: Study) -> None:
+    """:class:`SweepError` for a sweep of a later version: nothing of it is read or changed."""
+    try:
+        require_known(f"sweep {study.study_name}", study.user_attrs.get(VERSION, SCHEMA), SCHEMA)
+    except store.StoreError as error:
+        raise SweepError(str(error)) from None
 
 
 class MissingError(SweepError):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import comparison, store, sweep, sweep_trials
 from .jobs import Execute, Stop, here, load_engine
 from .recipe import Recipe, RecipeError
-from .records import RESUMABLE
 from .store import Run
 from .sweep_spec import Sweep, SweepError
 from .sweep_trials import CAUSE, EXCESS, FIGURES, RESUMES, RUN, SECONDS, STATUS, STOPPED
@@ -226,14 +225,9 @@ class Worker:
         known = self._run_here(trial.user_attrs.get(RESUMES))
         if known is not None:
             with suppress(ValueError):  # unreadable: it is begun anew
-                state = known.state()
-                if state.status in RESUMABLE:
-                    known.clear_stop()
-                    known.clear_pause()
-                    known.claim(state, "queued")  # or other workers would take it for that of a dead one
-                    return known
-                if state.status == "done":
-                    return known
+                if known.state().status != "done":
+                    known.take()  # or other workers would take it for that of a dead one
+                return known
         return store.create(self.runs_dir, recipe)
 
     def _values(self, trial: Trial, run: Run) -> list[float]:

@@ -21,6 +21,7 @@ from .store import VARIANT_RECORD, read_json, write_atomic, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = "model_index.json"
+FETCHED = ["*.json", "*diffusion_pytorch_model*.safetensors"]  # of a model on the hub: nothing else
 LOADER = Path(__file__).with_name("pruned_unet.py")  # goes beside weights of free widths
 
 
@@ -62,7 +63,7 @@ def load(source: str) -> Diffusion:
 def locate(source: str) -> Path:
     """The folder or file of a model, fetched first where it is a Hugging Face id; ModelError when it is not there."""
     folder = bundled.MODEL if source == bundled.NAME else Path(source).expanduser()
-    return folder if folder.exists() else _download(source)
+    return folder if folder.exists() else download(source, FETCHED)
 
 
 def unet_folder(folder: Path) -> Path:
@@ -252,15 +253,15 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _download(source: str) -> Path:
-    """A Hugging Face id through huggingface_hub: safetensors and JSON files only."""
+def download(source: str, patterns: list[str]) -> Path:
+    """A Hugging Face id through huggingface_hub: the files of these patterns only."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise ModelError(f"model.source={source} is not there; give 'bundled', a diffusers folder or owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*diffusion_pytorch_model*.safetensors"]))
+        return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model.source={source} is no folder here and the hub did not give it "

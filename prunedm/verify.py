@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from . import maskfile, onnx_graph, packed, pattern, semi_structured
+from .files import StoreError, require_known
 from .masked_unet import EXCLUDED
 from .stage_recipes import Pattern, parse_pattern
 from .store import MASKS, VARIANT_RECORD
@@ -176,8 +177,12 @@ def _read_folder(path: Path) -> Model:
 
 def _planned(path: Path) -> dict[str, str]:
     """The layers that a semi-structured plan converts: each must be 2:4."""
+    found = _json(path)
     try:
-        return {row["layer"]: "2:4" for row in _json(path)["layers"] if row["convert"]}
+        require_known(path, found.get("schema"), semi_structured.SCHEMA)
+        return {row["layer"]: "2:4" for row in found["layers"] if row["convert"]}
+    except StoreError as error:
+        raise VerifyError(str(error)) from error
     except (KeyError, TypeError) as error:
         raise VerifyError(f"{path} is no plan of an export; export it again") from error
 

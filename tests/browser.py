@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,8 @@ CHROMIUM_ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+# Streamlit asks for these beside the page before it asks at the root.
+OWN_404 = re.compile(r"status of 404 \(Not Found\) http://127\.0\.0\.1:\d+/\w+/_stcore/(health|host-config)$")
 IDLE = "[data-testid=stApp][data-test-script-state=notRunning]"
 
 

@@ -57,7 +57,7 @@ def fake(
     elif status == "interrupted":
         run.claim(state, "running")
         raw = store.read_json(run.folder / "state.json")
-        store.write_json(run.folder / "state.json", raw | {"pid_started": 1.0})
+        store.write_json(run.folder / "state.json", raw | {"began": 1.0})
     elif status == "unreadable":
         (run.folder / "state.json").write_text("{")
     else:

@@ -14,7 +14,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from prunedm import pipeline, progress, stages, store
+from prunedm import files, pipeline, progress, stages, store
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports are done once, and no thread is forked
 CONTEXT.set_forkserver_preload(["faulty"])
@@ -59,12 +59,14 @@ class Moments:
 
             return wrapper
 
-        store.Run.append, store.write_atomic = torn_append, torn_write
+        store.Run.append = torn_append
+        store.write_atomic = files.write_atomic = torn_write
         Path.replace, os.fsync = watched(replace), watched(fsync)
 
 
 def _work(folder: str, deadly: int | None, told) -> None:
     run = store.Run(Path(folder))
+    run.claim(run.state(), "queued")  # which the process that made it hands over
     stages.CHECKPOINT_SECONDS, stages.CHECKPOINT_SHARE = 0.0, 0.0  # after each step: many moments are within one
     progress.MetricsWriter.__init__.__defaults__ = (0.0,)
     os.environ["PRUNEDM_CACHE"] = str(run.folder.parent / "cache")  # so that what fills it can be hurt too

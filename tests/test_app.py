@@ -10,7 +10,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from app import lab, mask_views
-from prunedm import learn, pipeline, store
+from prunedm import learn, pipeline, snapshots, store
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe
 
@@ -44,7 +44,7 @@ def in_state(runs, status, **changes):
 def interrupted(runs):
     run = in_state(runs, "running", stage="mask", step=3, of=10)
     raw = store.read_json(run.folder / "state.json")
-    store.write_json(run.folder / "state.json", raw | {"pid_started": 1.0})
+    store.write_json(run.folder / "state.json", raw | {"began": 1.0})
     return run
 
 
@@ -54,10 +54,19 @@ def unreadable(runs):
     return run
 
 
+def failed(runs):
+    run = store.create(runs, Recipe(name="failed"))
+    run.end(run.state(), "failed", "the disk is full; free some space and resume")
+    return run
+
+
 STATES = {
     "running": lambda runs: in_state(runs, "running", stage="mask", step=3, of=10, rate=2.0, eta=3.5),
     "queued": lambda runs: in_state(runs, "queued"),
+    "paused": lambda runs: in_state(runs, "paused", stage="finetune", step=3, of=10),
+    "stopping": lambda runs: in_state(runs, "stopping", stage="evaluate", step=1, of=3),
     "stopped": lambda runs: in_state(runs, "stopped", stage="mask", step=3, of=10),
+    "failed": failed,
     "interrupted": interrupted,
     "unreadable": unreadable,
 }
@@ -95,6 +104,17 @@ def test_compare_is_never_empty(runs):
 def test_each_page_opens_with_a_run_in_each_state(runs, page, state):
     STATES[state](runs)
     open_page(page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_each_page_opens_with_many_runs_of_every_state(runs, with_done, page):
+    for number in range(3):
+        for state in STATES.values():
+            state(runs)
+        shutil.copytree(with_done.folder, runs / f"{with_done.id}-{number}")
+    app = open_page(page)
+    if page == "runs":
+        assert len(app.dataframe[0].value) == 3 * (len(STATES) + 1) + 1
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -188,6 +208,7 @@ def test_the_form_holds_each_field_of_the_recipe_and_gives_it_back(runs, open_fo
     keys = {forms.key(path) for path in recipes.flatten(expected.model_dump())}
     drawn = [*app.text_input, *app.number_input, *app.selectbox, *app.toggle]
     assert {w.key for w in drawn} == keys
+    assert [w.key for w in drawn if len((w.help or "").split()) < 2] == [], "each is explained in plain words"
     shown = next(c.value for c in app.code if c.language == "yaml")
     assert recipes.build(recipes.parse(shown)) == expected
 
@@ -215,7 +236,7 @@ def test_the_form_predicts_and_prints_the_command(runs):
     app = open_page("launch")
     app.number_input(key="recipe.prune.target").set_value(0.6).run()
     assert not app.exception
-    after = next(m for m in app.metric if m.label == "after stage 1")
+    after = next(m for m in app.metric if m.label == "After stage 1")
     assert abs(1 - int(after.value.replace(",", "")) / 2_734_945 - 0.6) < 0.02
     command = next(c.value for c in app.code if c.language == "bash")
     assert "--set prune.target=0.6" in command
@@ -248,11 +269,33 @@ def test_monitor_shows_alerts_the_baseline_and_the_allocation(with_done):
     app = open_page("monitor", tab="Compliance")
     text = said(app)
     assert "No movement" in text and "raise mask.lr" in text
+    assert "Which 2 of 4 positions are kept" in text, "in the patterns that the budget chose"
     assert "What the initial mask costs" in text and "Patterns chosen for the budget" in text
     app = open_page("monitor", tab="Masks")
     for figure in mask_views.FIGURES:
         app.selectbox(key="mask_figure").set_value(figure).run()
         assert not app.exception and not app.error
+
+
+def test_every_heatmap_of_the_masks_has_its_table(with_done):
+    """What a chart shows in colours stands in a table below it, with the same figures."""
+    tables = [frame.value for frame in open_page("monitor", tab="Compliance").dataframe]
+    layers = {la["layer"]: la for la in with_done.layers()}
+    sets = [frame for frame in tables if "1100" in frame]
+    for _, row in (pair for frame in sets for pair in frame.iterrows()):
+        assert row.drop("layer").tolist() == layers[row["layer"]]["pattern_shares"]
+    assert sum(map(len, sets)) == sum(la["pattern"] == "2:4" for la in layers.values() if la["pattern_shares"])
+    app = open_page("monitor", tab="Masks")
+    masks = [frame.value for frame in app.dataframe]
+    shown = app.selectbox(key="mask_layer").value
+    (first,) = (layer for layer in snapshots.masked_layers(with_done) if layer["layer"] == shown)
+    last, initial = with_done.mask_snapshots()[-1], with_done.mask_snapshots()[0]
+    assert (masks[0].to_numpy() == mask_views.kept(last, first).round(3)).all()
+    assert (masks[1].to_numpy() == mask_views.changed(last, initial, first).round(3)).all()
+    figures, record = masks[2], lab.lines(with_done, store.MASK_LAYERS)[-1]
+    at = {layer["layer"]: i for i, layer in enumerate(snapshots.masked_layers(with_done))}
+    expected = [record[app.selectbox(key="mask_figure").value][at[name]] for name in figures["layer"]]
+    assert figures[f"step {record['step']}"].tolist() == expected, "a row is its layer's, in whatever order they stand"
 
 
 @pytest.mark.parametrize("tab", ["Curves", "Masks", "Compliance", "Samples", "Log", "Recipe", "System"])

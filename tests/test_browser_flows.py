@@ -24,8 +24,6 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 LOADED = 120_000  # milliseconds that a step of work may take on a loaded machine
-# Streamlit asks for these beside the page before it asks at the root.
-OWN_404 = re.compile(r"status of 404 \(Not Found\) http://127\.0\.0\.1:\d+/\w+/_stcore/(health|host-config)$")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def new_page(chromium):
         return opened[-1]
 
     yield open_one
-    errors = [error for page in opened for error in page.errors if not OWN_404.search(error)]
+    errors = [error for page in opened for error in page.errors if not browser.OWN_404.search(error)]
     local = ("data:", "blob:")
     outside = [u for page in opened for u in page.requested if not u.startswith(local) and host(u) != "127.0.0.1"]
     for page in opened:
@@ -189,24 +187,24 @@ def test_a_custom_run_is_typed_mended_and_started(page, url, place, at_rest, mod
     before = ids(place)
     go(page, f"{url}/launch")
     page.get_by_role("button", name="Balanced", exact=True).click()
-    expect(page.get_by_label("name", exact=True)).to_have_value("balanced")
-    type_in(page, {"name": "typed", "device": "cpu"})
-    model = section(page, "Model").get_by_label("source", exact=True)
+    expect(page.get_by_label("Name", exact=True)).to_have_value("balanced")
+    type_in(page, {"Name": "typed", "Device": "cpu"})
+    model = section(page, "Model").get_by_label("Source", exact=True)
     model.fill(str(model_folder))
     model.press("Enter")
-    type_in(section(page, "Data"), {"source": image_folder, "batch size": 8})
+    type_in(section(page, "Data"), {"Source": image_folder, "Batch size": 8})
     pruning, masks = section(page, "Stage 1: structured pruning"), section(page, "Stage 2: N:M masks")
-    choose(page, pruning, "of", "macs")
-    type_in(pruning, {"target": 0.3, "finetune steps": 5})
-    type_in(masks, {"steps": 4, "recover steps": 3})
-    type_in(section(page, "Evaluation"), {"images": 8, "steps": 2})
+    choose(page, pruning, "Share of", "macs")
+    type_in(pruning, {"Target": 0.3, "Fine-tune steps": 5})
+    type_in(masks, {"Steps": 4, "Recovery steps": 3})
+    type_in(section(page, "Evaluation"), {"Images": 8, "Steps": 2})
 
-    n = masks.get_by_label("n", exact=True)
-    type_in(masks, {"n": 4})
+    n = masks.get_by_label("N (kept)", exact=True)
+    type_in(masks, {"N (kept)": 4})
     expect(beside(page, n).get_by_role("alert")).to_contain_text("n=4 must be less than m=4")
     expect(page.get_by_role("button", name="Start")).to_have_count(0)
     page.keyboard.press("Control+Enter")
-    type_in(masks, {"n": 1})
+    type_in(masks, {"N (kept)": 1})
     expect(beside(page, n).get_by_role("alert")).to_have_count(0)
     assert ids(place) == before, "a wrong recipe does not start"
 
@@ -335,13 +333,13 @@ def test_a_run_is_duplicated_with_one_change(page, url, place, at_rest, done):
     page.get_by_role("button", name="Duplicate into Launch").click()
     page.wait_for_url(re.compile("/launch"))
     recipe, masks = newer.recipe(), section(page, "Stage 2: N:M masks")
-    expect(page.get_by_label("name", exact=True)).to_have_value(recipe.name)
-    expect(masks.get_by_label("n", exact=True)).to_have_value(str(recipe.mask.n))
-    expect(masks.get_by_label("train weights", exact=True)).to_be_checked()
-    expect(section(page, "Data").get_by_label("source", exact=True)).to_have_value(recipe.data.source)
-    expect(section(page, "Evaluation").get_by_label("noise floor", exact=True)).not_to_be_checked()
+    expect(page.get_by_label("Name", exact=True)).to_have_value(recipe.name)
+    expect(masks.get_by_label("N (kept)", exact=True)).to_have_value(str(recipe.mask.n))
+    expect(masks.get_by_label("Train weights", exact=True)).to_be_checked()
+    expect(section(page, "Data").get_by_label("Source", exact=True)).to_have_value(recipe.data.source)
+    expect(section(page, "Evaluation").get_by_label("Noise floor", exact=True)).not_to_be_checked()
     before = ids(place)
-    type_in(masks, {"steps": 7})
+    type_in(masks, {"Steps": 7})
     page.get_by_role("button", name="Start").click()
     run = started(page, place, before)
     assert recipes.differences(recipe, run.recipe()) == {"mask.steps": (recipe.mask.steps, 7)}
@@ -433,6 +431,6 @@ def test_a_model_is_exported_downloaded_and_imported_again(page, url, done, tmp_
     page.get_by_role("button", name="Import the zip").click()
     page.get_by_text("again is imported: Launch offers it").wait_for()
     page.get_by_role("link", name="Launch").click()
-    choose(page, section(page, "Model"), "source", "again (imported)")
+    choose(page, section(page, "Model"), "Source", "again (imported)")
     dense = page.get_by_test_id("stMetric").filter(has_text="Parameters, dense").get_by_test_id("stMetricValue")
     expect(dense).to_have_text(f"{run.evaluation()['nm']['parameters']:,}")

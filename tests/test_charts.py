@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import mask_views
-from prunedm import charts, snapshots
+from prunedm import charts, model_charts, snapshots
 from prunedm.steps import Steps
 
 RECORDS = [{"stage": "finetune", "step": i, "loss": float(i), "lr": 0.1} for i in range(1, 21)]
@@ -91,3 +91,22 @@ def test_a_frames_shares_are_those_of_the_snapshot(tmp_path):
     layer = {"layer": "a", "offset": 0, "shape": [6, 4]}
     assert np.array_equal(mask_views.kept(paths[1], layer), masks[1])
     assert np.array_equal(mask_views.changed(paths[1], paths[0], layer), masks[0] != masks[1])
+
+
+def test_runs_lie_over_one_another_in_colours_of_their_own_with_one_name_each():
+    stages = [
+        {"stage": s, "step": i, "loss": float(i), "entropy": 0.5} for s in ("mask", "recover") for i in range(1, 41)
+    ]
+    runs = [(f"<b>{n}", Steps.of(stages[: 40 * (n + 1)]), charts.Look()) for n in range(2)]
+    drawn = model_charts.run_curves(runs, "loss", "view")
+    named = [trace for trace in drawn["data"] if trace["showlegend"]]
+    assert [trace["name"] for trace in named] == ["&lt;b&gt;0", "&lt;b&gt;1"]
+    colours = {trace["legendgroup"]: set() for trace in drawn["data"]}
+    for trace in drawn["data"]:
+        colours[trace["legendgroup"]].add(trace["line"]["color"])
+    assert all(len(own) == 1 for own in colours.values()) and colours["0"] != colours["1"]
+    second = [trace for trace in drawn["data"] if trace["legendgroup"] == "1"]
+    assert [(trace["x"][0], trace["x"][-1]) for trace in second] == [(1, 40), (1, 40), (41, 80), (41, 80)]
+    assert second[0]["y"] == [float(i) for i in range(1, 41)] and second[1]["y"] != second[0]["y"]
+    assert len(model_charts.run_curves(runs, "entropy", "view")["data"]) == 3, "what is not noisy has no shadow"
+    assert json.dumps(drawn)

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import compare_choice, compare_samples, compare_views, judgements, parts
+from app import compare_choice, compare_samples, compare_views, curve_views, judgements, lab, parts
 from app.compare_choice import Known
 from prunedm import cache, comparison, imports, judging, pictures, pipeline, report_page, seed_sheets, store, subject
 from prunedm import recipe as recipes
@@ -61,6 +61,12 @@ def chosen(app):
     return list(app.multiselect(key=PICK).value)
 
 
+def at(app, tab):
+    """Another tab of the page: only the open one is drawn."""
+    app.session_state["view"] = tab
+    return sound(app.run())
+
+
 def rest(app):
     """When the background is through, the page again."""
     wait_for(lambda: not judgements.judgements().at_work())
@@ -77,7 +83,7 @@ def grid(app):
 
 def losses(app):
     """The row of validation losses."""
-    figures = app.table[0].value
+    figures = at(app, "Figures").table[0].value
     return figures.loc[next(name for name in figures.index if name.startswith("Validation loss"))]
 
 
@@ -96,7 +102,7 @@ def test_several_runs_are_compared_once_each_and_their_recipes_differ(with_done,
     for run_id in (f"{done_run.id}-b", done_run.id):
         app.multiselect(key=PICK).select(f"{run_id}/nm").run()
         assert not app.exception and not app.error
-    assert len(chosen(app)) == 5 and "Recipe differences" in said(app)
+    assert len(chosen(app)) == 5 and "Recipe differences" in said(at(app, "Recipes"))
 
 
 def test_a_link_to_runs_shows_the_dense_model_that_they_share_once(with_done, runs, done_run):
@@ -122,7 +128,7 @@ def test_an_imported_model_is_picked_from_the_list_and_a_folder_by_its_path(with
     assert not app.error and chosen(app) == [*before, f"models/{one.name}", str(user / "two")]
     assert app.text_input(key="compare_path").value == ""
     assert "Not judged yet: one (imported), two." in shown(app)
-    figures = app.table[0].value
+    figures = at(app, "Figures").table[0].value
     assert figures.loc["Parameters"].iloc[-1] == f"{unets.parameters(make_unet()):,}", "known before it is judged"
 
 
@@ -139,6 +145,7 @@ def test_the_address_reproduces_the_view_also_of_names_with_commas_and_markup(wi
     assert chosen(again) == [f"{with_done.id}/nm", str(odd), f"models/{one.name}"] and not again.warning
     assert again.multiselect(key="compare_seeds").value == [2, 1]
     assert grid(again) == grid(app)
+    at(again, "Figures")
     text = said(again) + str([t.value.to_string() for t in again.table])
     assert MARKUP in text.replace("\\", "") and not re.search(r"(?<!\\)(<b>|!\[|\]\(|\*b)", text)
 
@@ -182,7 +189,7 @@ def faults(user, runs):
 
 
 def test_each_fault_of_an_address_is_one_line_and_loses_nothing(with_done, runs, user, monkeypatch):
-    monkeypatch.setattr(unets, "_download", lambda source: pytest.fail("an address must not fetch anything"))
+    monkeypatch.setattr(unets, "download", lambda *given: pytest.fail("an address must not fetch anything"))
     good = str(model(user / "good"))
     for key, words in faults(user, runs).items():
         app = open_page("compare", models=link(f"{with_done.id}/nm", key, good))
@@ -239,6 +246,56 @@ def test_models_are_compared_where_there_is_no_run(runs, user):
     assert all(alt for row in rows.values() for alt, absent in row)
 
 
+def test_each_tab_has_its_address_and_draws_itself_alone(with_done):
+    for tab in ("Samples", "Figures", "Pareto", "Latency", "Curves", "Recipes", "Report"):
+        app = open_page("compare", view=tab)
+        assert not app.error and bool(app.table) == (tab == "Figures"), tab
+        assert ("Same seeds, side by side" in said(app)) == (tab == "Samples"), tab
+
+
+def test_the_address_names_the_pair_under_the_slider(with_done):
+    app = open_page("compare")
+    keys = chosen(app)
+    assert "left" not in app.query_params, "what is offered first is not named"
+    app.selectbox(key="compare_left").set_value(keys[1]).run()
+    app.selectbox(key="compare_seed").set_value(3).run()
+    sound(at(at(app, "Figures"), "Samples"))
+    assert app.selectbox(key="compare_left").value == keys[1], "a look at another tab loses nothing"
+    address = {key: app.query_params[key] for key in ("models", "seeds", "left", "seed")}
+    again = open_page("compare", **address)
+    pair = [again.selectbox(key=f"compare_{name}").value for name in ("left", "right", "seed")]
+    assert pair == [keys[1], keys[-1], 3] and not again.warning
+    again.selectbox(key="compare_left").set_value(keys[0]).run()
+    assert again.selectbox(key="compare_left").value == keys[0] and "left" not in again.query_params
+
+
+# --- curves ------------------------------------------------------------------------------------------
+def test_curves_of_runs_lie_over_one_another_those_at_work_too(with_done, runs):
+    busy = store.Run(shutil.copytree(with_done.folder, runs / f"{with_done.id}-busy"))
+    (busy.folder / "evaluation.json").unlink()
+    busy.claim(busy.state(), "running")
+    app = open_page("compare", view="Curves")
+    app.multiselect(key="compare_more").select(busy.id).run()
+    assert app.query_params["curves"] == busy.id
+    for figure in ("loss", "entropy", "grad_norm"):
+        app.selectbox(key="compare_figure").set_value(figure).run()
+        assert not app.exception and not app.error
+    app.segmented_control(key="curve_axis").set_value("Time").run()
+    app.selectbox(key="compare_stage").set_value("mask").run()
+    assert not app.exception and not app.error
+    again = open_page("compare", view="Curves", curves=busy.id)
+    assert again.multiselect(key="compare_more").value == [busy.id] and not again.warning
+
+
+def test_one_stage_alone_begins_at_zero_in_every_run(with_done):
+    steps = lab.steps(with_done)
+    kept, minutes = curve_views.part(with_done, steps, "mask", in_time=True)
+    assert {stretch.stage for stretch in kept.stretches} == {"mask"} and minutes[0] == 0
+    times = [record["time"] for record in with_done.metrics() if record["stage"] == "mask"]
+    assert minutes == pytest.approx([(time - times[0]) / 60 for time in times], abs=1e-3)
+    assert curve_views.part(with_done, steps, None, in_time=False) == (steps, None)
+
+
 # --- figures -----------------------------------------------------------------------------------------
 def test_all_kinds_are_judged_alike_in_the_background(with_done, runs, user, image_folder):
     one = imports.from_path(model(user / "one"), runs)
@@ -248,14 +305,15 @@ def test_all_kinds_are_judged_alike_in_the_background(with_done, runs, user, ima
     click(app, "Judge these 3 models alike")
     rest(app)
     assert not app.error and not [b for b in labels(app) if b.startswith("Judge")]
+    at(app, "Figures")
     figures, conditions = app.table[0].value, app.table[-1].value
     assert list(figures.columns) == [parts.plain(name) for name in compare_choice.short_names(keys).values()]
-    charts = [chart.proto.spec for chart in app.get("plotly_chart")]
+    charts = [chart.proto.spec for tab in ("Pareto", "Latency") for chart in at(app, tab).get("plotly_chart")]
     assert len(charts) == 7 and all("<b>two" not in chart and "&lt;b&gt;two" in chart for chart in charts)
     assert not (losses(app) == "n/a").any() and len(set(losses(app))) == 3
     assert set(conditions.loc["real images"]) == {conditions.loc["real images"].iloc[0]}, "by the run's own images"
     assert set(conditions.loc["sampling steps"]) == {"10"}
-    again = open_page("compare", models=link(*keys), by="quick")
+    again = open_page("compare", models=link(*keys), by="quick", view="Figures")
     assert again.table[0].value.equals(figures), "the link shows the very figures"
     with torch.no_grad():
         model(two, 0.1)
@@ -288,6 +346,7 @@ def test_another_image_size_is_said_and_judged_without_quality(with_done, user):
     rest(app)
     assert not app.error and "no real images of its size (16x16, colour) to judge by" in shown(app)
     assert list(losses(app) == "n/a") == [False, False, True]
+    at(app, "Samples")
     click(app, "Draw what is missing")
     rest(app)
     assert "draw images of different sizes (8x8 and 16x16)" in shown(app), "the slider says why it is not there"

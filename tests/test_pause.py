@@ -25,7 +25,9 @@ WORKER = """
 import sys
 from pathlib import Path
 from prunedm import pipeline, store
-pipeline.execute(store.Run(Path(sys.argv[1])))
+run = store.Run(Path(sys.argv[1]))
+run.claim(run.state(), "queued")  # which the process that made it hands over
+pipeline.execute(run)
 """
 
 
@@ -103,7 +105,7 @@ def test_a_paused_run_stops_at_once_and_resumes_to_the_same_result(done, tmp_pat
     assert pipeline.execute(run, Pauses(run, {stage: step}, stop)) == "stopped"
     assert time.monotonic() - asked[0] < 3, "it looks every fifth of a second"
     assert kinds(run) == ["paused"] and not run.pause_requested() and not run.stop_requested()
-    pipeline.resumable(run)
+    run.take()
     assert pipeline.execute(run) == "done"
     assert_same(done, run)
 
@@ -200,7 +202,7 @@ def test_a_run_killed_while_paused_is_interrupted_and_resumes(done, elsewhere, c
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert run.state().status == "interrupted" and run.pause_requested()
-    pipeline.resumable(run)
+    run.take()
     assert not run.pause_requested()
     assert pipeline.execute(run) == "done"
     assert_same(done, run)

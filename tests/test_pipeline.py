@@ -124,7 +124,7 @@ def test_stopping_and_resuming_gives_the_uninterrupted_result(done, tmp_path, mi
         stop=lambda: bool(seen) and (seen[-1].stage, seen[-1].step) == (stage, step),
     )
     assert run.state().status == "stopped"
-    pipeline.resumable(run)
+    run.take()
     assert pipeline.execute(store.Run(run.folder)) == "done"
     assert_same(done, run)
 
@@ -317,8 +317,8 @@ def test_a_full_disk_is_said_and_resumes(done, tmp_path, micro, monkeypatch):
 
 
 def test_only_unfinished_runs_resume(done):
-    with pytest.raises(inputs.InputError, match="is done"):
-        pipeline.resumable(done)
+    with pytest.raises(store.StoreError, match="is done"):
+        done.take()
 
 
 def test_preview_predicts_what_the_run_does(done, micro, tmp_path):

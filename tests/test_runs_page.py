@@ -6,7 +6,6 @@ Runs are folders written here, without an engine: what the page shows is what li
 import json
 import math
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import lab, run_table
+from app import lab, run_actions, run_table
 from prunedm import recipe as recipes
 from prunedm import shelf, store
 from prunedm.shelf import Notes
@@ -317,24 +316,12 @@ def test_compare_opens_with_the_ticked_runs(runs):
 
 
 def test_the_link_of_compare_holds_what_compare_can_show(runs):
-    sys.path.insert(0, str(ROOT))
     found = [run_table.row(fake(runs, f"r{i}")) for i in range(8)]
-    link = page_function("comparison_of")
+    link = run_actions.comparison_of
     assert link(found[:2]) == {"runs": f"{found[0].id},{found[1].id}"}
     models = link(found[:4])["models"].split(",")
     assert models == [f"{found[0].id}/dense", *(f"{row.id}/nm" for row in found[:4])]
     assert len(link(found)["models"].split(",")) == 8
-
-
-def page_function(name):
-    """One function of the page, which as a script cannot be imported without being drawn."""
-    import ast
-
-    tree = ast.parse((ROOT / "pages" / "runs.py").read_text())
-    kept = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
-    space = {"Row": run_table.Row, "MOST_MODELS": 8}
-    exec(compile(ast.Module(kept, []), "runs.py", "exec"), space)
-    return space[name]
 
 
 def test_runs_without_figures_are_not_compared(runs):

@@ -203,7 +203,7 @@ def test_a_locked_run_is_refused_from_this_and_from_another_process(run):
 def test_interrupted_and_unreadable_runs_can_be_deleted(tmp_path):
     interrupted, broken = store.create(tmp_path, Recipe()), made(tmp_path)
     raw = store.read_json(interrupted.folder / "state.json")
-    store.write_json(interrupted.folder / "state.json", raw | {"status": "running", "pid_started": 1.0})
+    store.write_json(interrupted.folder / "state.json", raw | {"status": "running", "began": 1.0})
     (broken.folder / "state.json").write_text("{")
     (broken.folder / "recipe.yaml").write_text("mask: [")
     for run in (interrupted, broken):

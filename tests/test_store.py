@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from prunedm import store
+from prunedm import files, store
 from prunedm.progress import MetricsWriter
 from prunedm.recipe import Recipe
 from prunedm.records import Step
@@ -56,7 +56,7 @@ def test_a_run_of_a_dead_process_is_interrupted(run):
 
 def test_a_reused_pid_does_not_keep_a_run_alive(run):
     raw = json.loads((run.folder / "state.json").read_text())
-    store.write_json(run.folder / "state.json", raw | {"status": "running", "pid_started": raw["pid_started"] - 50})
+    store.write_json(run.folder / "state.json", raw | {"status": "running", "began": raw["began"] - 50})
     assert run.state().status == "interrupted"
 
 
@@ -111,7 +111,7 @@ def test_a_torn_last_line_is_ignored_and_then_cut_off(run):
 def test_forgetting_spares_other_stages_and_earlier_pictures(run):
     run.append("metrics.jsonl", [{"stage": "finetune", "step": 9}, {"stage": "mask", "step": 9}])
     for step in (4, 9):
-        store.write_npz(run.snapshot_path("mask", step), bits=[0])
+        files.write_npz(run.snapshot_path("mask", step), bits=[0])
     run.forget_after("mask", 5)
     assert [r["stage"] for r in run.metrics()] == ["finetune"]
     assert [p.stem for p in run.mask_snapshots()] == ["mask-0000004"]

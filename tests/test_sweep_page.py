@@ -304,7 +304,7 @@ def test_a_trial_of_a_killed_server_is_shown_as_interrupted(runs):
     trial = study.ask()
     run = store.create(runs, Recipe(name="t"))
     run.claim(run.state(), "running")
-    store.write_json(run.folder / "state.json", store.read_json(run.folder / "state.json") | {"pid_started": 1.0})
+    store.write_json(run.folder / "state.json", store.read_json(run.folder / "state.json") | {"began": 1.0})
     trial.set_user_attr("run", run.id)
     app = open_page()
     assert status(app) == ["stopped"] and app.dataframe[0].value["state"].tolist() == ["⚡ interrupted"]
@@ -408,5 +408,7 @@ def test_figures_hold_the_trials(runs):
 
 
 def test_the_page_does_not_wait_for_torch_or_optuna():
-    check = "import sys; from app import sweeps, sweep_views; assert not {'optuna', 'torch'} & set(sys.modules)"
+    check = (
+        "import sys; from app import sweeps, sweep_form, sweep_views; assert not {'optuna', 'torch'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)

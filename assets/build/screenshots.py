@@ -1,6 +1,6 @@
 """Runs the demo in the real lab and photographs each page.
 
-    make screenshots          # or: .venv/bin/python assets/build/screenshots.py [--runs DIR]
+    make screenshots          # or: .venv/bin/python assets/build/screenshots.py [--runs DIR] [--only compare home ...]
 
 All pictures, light and dark and narrow, go to ``.build/screenshots``; Monitor (while the job trains) and
 Compare also to ``assets/``, for the README.
@@ -21,9 +21,15 @@ import browser  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from prunedm import store  # noqa: E402
+from prunedm.records import ACTIVE  # noqa: E402
 
 OUT = ROOT / ".build" / "screenshots"
-PAGES = ("", "launch", "sweep", "monitor", "runs", "compare", "models", "system")
+PAGES = ("launch", "sweep", "monitor", "runs", "compare", "models", "system")
+ASSETS = ("monitor", "compare")  # in the README
+TABS = {  # beside the first one of each page
+    "monitor?tab": ("Masks", "Compliance", "Samples", "Log", "Recipe", "System"),
+    "compare?view": ("Figures", "Pareto", "Latency", "Curves", "Recipes", "Report"),
+}
 
 
 def photograph(page, path: Path, tallest: int = 2600) -> None:
@@ -51,43 +57,51 @@ def demo(url: str, runs: Path) -> None:
         page.get_by_role("button", name="Run the demo").click()
         page.wait_for_url(re.compile("/monitor"), timeout=60_000)
         run = store.all_runs(runs)[0]
-        while run.state().stage != "mask" or run.state().step < 40:
+        while run.state().status in ACTIVE and (run.state().stage != "mask" or run.state().step < 40):
             page.wait_for_timeout(500)
         page.get_by_role("tab", name="Masks").click()
         page.wait_for_timeout(6000)
-        photograph(page, OUT / "monitor-masks.png")
-        while run.state().status in ("queued", "running"):
+        photograph(page, OUT / "monitor-live.png")
+        while run.state().status in ACTIVE:
             page.wait_for_timeout(500)
 
 
-def each_page(url: str, suffix: str, **options) -> None:
+def each_page(url: str, suffix: str, only: list[str], **options) -> None:
     with browser.chromium(**options) as page:
-        for name in PAGES:
-            page.goto(f"{url}/{name}")
-            browser.settle(page, 30)
-            photograph(page, OUT / f"{name or 'home'}{suffix}.png")
-            if name == "monitor":
-                for tab in ("Masks", "Compliance", "Samples"):
-                    page.get_by_role("tab", name=tab).click()
-                    photograph(page, OUT / f"{name}-{tab.lower()}{suffix}.png")
-        for error in page.errors:
+        for name, address in addresses().items():
+            if only and name not in only:
+                continue
+            page.goto(f"{url}/{address}")
+            browser.settle(page, 60)
+            photograph(page, OUT / f"{name}{suffix}.png")
+        for error in (one for one in page.errors if not browser.OWN_404.search(one)):
             print(f"console error: {error}")
+
+
+def addresses() -> dict[str, str]:
+    """Every page and tab: the name of its picture, and where it is."""
+    found = {"home": ""} | {page: page for page in PAGES}
+    for query, tabs in TABS.items():
+        found |= {f"{query.partition('?')[0]}-{tab.lower()}": f"{query}={tab}" for tab in tabs}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="photograph these runs instead of a fresh demo")
-    given = parser.parse_args().runs
+    parser.add_argument("--only", nargs="+", default=[], help=f"of: {', '.join(addresses())}")
+    given = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    runs = given or Path(tempfile.mkdtemp(prefix="prunedm-"))
+    runs = given.runs or Path(tempfile.mkdtemp(prefix="prunedm-"))
     with browser.server(runs.resolve(), OUT / "server.log") as url:
-        if given is None:
+        if given.runs is None:
             demo(url, runs)
-        each_page(url, "")
-        each_page(url, "-dark", color_scheme="dark")
-        each_page(url, "-narrow", viewport={"width": 390, "height": 900})
-    for name in ("monitor", "compare"):
-        to_asset(name)
+        each_page(url, "", given.only)
+        each_page(url, "-dark", given.only, color_scheme="dark")
+        each_page(url, "-narrow", given.only, viewport={"width": 390, "height": 900})
+    for name in ASSETS:
+        if not given.only or name in given.only:
+            to_asset(name)
     print(f"written: {OUT}")
 
 

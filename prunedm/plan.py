@@ -1,0 +1,307 @@
+"""Planning past this machine: memory, time, communication and cost of a recipe on a device that need not be here.
+
+What a step does is counted on a UNet without weights (outline.py); what optimiser and masks do, on one small layer
+(upkeep.py); plan_model.py turns that into seconds and bytes.
+
+Data-parallel, as ``torchrun`` does it: the batch is shared out, each rank holds everything, gradients travel by a ring
+and reinforce's loss residual as one number a timestep bin. Nothing overlaps, so communication is not flattered.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from . import allocate, bundled, forecast, masked_unet, outline, samples, training, upkeep
+from .importance import CALIBRATION_BATCHES
+from .inputs import overrides
+from .mask_stage import BASELINE_IMAGES, SENSITIVITY_IMAGES, initial_kind
+from .outline import Outline
+from .plan_model import (
+    FP32,
+    Line,
+    Memory,
+    PlanError,
+    Setting,
+    Stage,
+    largest,
+    link_seconds,
+    ring,
+    seconds,
+    summed_bytes,
+    upkeep_seconds,
+)
+from .quality import VALIDATION_IMAGES
+from .recipe import Recipe
+from .stage_recipes import CALIBRATED, FIXED_METHODS, INITIALS, Mask
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+SHOWN_METHODS = ("gumbel", "reinforce")  # whose communication grows, and whose does not
+M0_BYTES = 10.0  # a prunable weight: dense weight, mask and m0, and the scores that choose it
+NOT_COUNTED = (
+    "reading data, previews, checkpoints and the cut of stage 1",
+    "the feature network and the distances of the evaluation",
+    "what an allocator wastes, and what a driver or a CUDA context takes for itself",
+    "latency of messages, and traffic between machines, whose links are slower",
+)
+
+
+class Planner:
+    """Plans of one recipe and model in one setting. ``dense``: the model as it is; ``structured``: after stage 1."""
+
+    def __init__(self, recipe: Recipe, dense: Outline, setting: Setting) -> None:
+        self.recipe, self.setting, self.dense = recipe, setting, dense
+        batch = recipe.data.batch_size
+        if setting.gpus > batch:
+            raise PlanError(f"gpus={setting.gpus} are more than the images of a batch ({batch}); set data.batch_size")
+        self.batch = share(batch, setting.gpus)
+        target, kind = recipe.prune.target, setting.device.kind
+        self.structured = outline.narrowed(dense, target) if target else dense
+        self.bf16 = self._bf16(recipe.train.precision)
+        self.prunable = self._prunable()
+        self.training = outline.costs(self.structured, self.batch, self.bf16, kind)
+        self.chunk = self._chunk()
+        self.call = outline.costs(self.structured, self.chunk, False, kind, backward=False)
+        self.dense_call = self.call
+        if target:
+            self.dense_call = outline.costs(dense, self.chunk, False, kind, backward=False)
+
+    def _bf16(self, precision: str) -> bool:
+        """Whether training computes in bf16 there; ``auto`` does on every published device."""
+        if precision != "auto" or self.setting.device.basis == "published":
+            return precision != "fp32"
+        return training.use_bf16(torch.device(self.setting.device.kind), precision)
+
+    def _prunable(self) -> int:
+        spec, given = self.recipe.mask, overrides(self.recipe)
+        if spec.method == "none":
+            return 0
+        masked_unet.require_eligible(self.structured.unet, spec.n, spec.m, given)
+        rows = masked_unet.layer_reports(self.structured.unet, spec.n, spec.m, given)
+        return sum(math.prod(row.shape) for row in rows if row.eligible)
+
+    def _chunk(self) -> int:
+        """Images that the evaluation samples at once (samples.py), of those that one device has to make."""
+        _, height, width = self.dense.image_shape
+        most = max(1, min(samples.MOST, samples.PIXELS // (height * width)))
+        return min(most, share(self.recipe.eval.images, self.setting.gpus))
+
+    # --- stages ---
+    def stages(self) -> list[Stage]:
+        """Those that the recipe asks for, in their order."""
+        recipe, found = self.recipe, []
+        if recipe.prune.target:
+            if recipe.prune.method in CALIBRATED:
+                found.append(self._calibrate())
+            found.append(self._finetune())
+        if recipe.mask.method != "none":
+            found += [self._begin(), self._mask(), self._recover()]
+        found.append(self._evaluate())
+        return [stage for stage in found if stage.steps]
+
+    def _stage(
+        self,
+        name: tuple[str, str],
+        steps: int,
+        batch: int,
+        compute: float,
+        fixed: tuple[float, float],
+        at: Line,
+        summed: float = 0.0,
+    ) -> Stage:
+        """``fixed``: bytes of weights and state; ``at``: batch -> bytes of activations; ``summed``: over the ranks."""
+        device, sent = self.setting.device, ring(summed, self.setting.gpus)
+        memory, most = Memory(*fixed, at(batch)), largest(device.memory, sum(fixed), at, batch)
+        fits = memory.total <= device.memory
+        wait = link_seconds(sent, self.setting)
+        return Stage(*name, steps, batch, compute, sent, wait, memory, fits, most, device.basis)
+
+    def _calibrate(self) -> Stage:
+        """Scores of the channels, on the dense model in fp32 (channel_scores.py); diff-pruning's at most so long."""
+        spec, backward = self.recipe.prune, self.recipe.prune.method != "activation"
+        batch = share(spec.calibration_images, self.setting.gpus)
+        costs = outline.costs(self.dense, batch, False, self.setting.device.kind, backward)
+        whole = costs.at(batch)
+        passes = [whole.forward_only(), whole] if spec.method == "diff-pruning" else [whole]
+        compute = sum(seconds(one, self.setting) for one in passes)
+        weights = FP32 * self.dense.parameters
+        state = weights if backward else 0.0  # gradients, which add up over the batches
+        steps, name = spec.calibration_steps * spec.rounds, ("prune", f"{spec.method} scores")
+        return self._stage(name, steps, batch, compute, (weights, state), lambda b: costs.at(b).activations)
+
+    def _finetune(self) -> Stage:
+        """Training of all weights without masks, between the cuts and after them."""
+        steps, count, update = forecast.planned(self.recipe), self.structured.parameters, upkeep.of_update()
+        compute = seconds(self.training.at(self.batch), self.setting)
+        compute += upkeep_seconds(update, count, self.setting) + self._teacher_seconds()
+        fixed = FP32 * count + self._teacher_bytes(), update.held * count
+        after = (FP32 + update.transient) * count  # the gradients, and what the update adds
+        return self._stage(
+            ("finetune", "fine-tuning"), steps["prune"] + steps["finetune"], self.batch, compute, fixed,
+            lambda b: max(self.training.at(b).peak, after), summed_bytes(None, count, self.prunable),
+        )  # fmt: skip
+
+    def _teacher_seconds(self) -> float:
+        """Time of the dense model's prediction, where the recipe distils: its forward pass goes with its MACs."""
+        if not self.recipe.train.distill:
+            return 0.0
+        forward = self.training.at(self.batch).forward_only()
+        return seconds(forward, self.setting) * self.dense_call.at(1).macs / self.call.at(1).macs
+
+    def _teacher_bytes(self) -> float:
+        return FP32 * self.dense.parameters if self.recipe.train.distill else 0.0
+
+    def _begin(self) -> Stage:
+        """Initial masks, their baseline and, with a density, each layer's sensitivity; a step is one batch."""
+        spec, kind = self.recipe.mask, initial_kind(self.recipe)
+        images = 2 * BASELINE_IMAGES
+        if spec.density is not None and kind in INITIALS:
+            rows = masked_unet.layer_reports(self.structured.unet, 1, 2, overrides(self.recipe))
+            images += SENSITIVITY_IMAGES * (1 + sum(len(allocate.fitting(row.shape)) for row in rows if row.eligible))
+        scored = CALIBRATION_BATCHES if kind in ("wanda", "fisher") else 0
+        looks, gradients = share(images, self.recipe.data.batch_size), kind == "fisher"
+        trained = self.training.at(self.batch)
+        score = seconds(trained if gradients else trained.forward_only(), self.setting)
+        compute = looks * seconds(self.call.at(self.batch), self.setting) + scored * score
+        fixed = FP32 * self.structured.parameters, (M0_BYTES + (2 * FP32 if gradients else 0)) * self.prunable
+        costs, steps = self.training if gradients else self.call, looks + scored
+        name = ("mask", f"initial masks ({kind if kind in INITIALS else 'given'})")
+        return self._stage(name, steps, self.batch, compute / steps, fixed, lambda b: costs.at(b).activations)
+
+    def _mask(self) -> Stage:
+        spec = self.recipe.mask
+        steps = 0 if spec.method in FIXED_METHODS and not spec.train_weights else spec.steps
+        return self._masked(("mask", f"masks by {spec.method}"), steps, spec)
+
+    def _recover(self) -> Stage:
+        spec = self.recipe.mask
+        fixed = Mask(method="fixed", n=spec.n, m=spec.m, train_weights=True)
+        return self._masked(("recover", "recovery"), spec.recover_steps, fixed)
+
+    def _masked(self, name: tuple[str, str], steps: int, spec: Mask) -> Stage:
+        """A step of a masked model: passes, the masks' own work, and the weights' update where they train."""
+        count, prunable, train = self.structured.parameters, self.prunable, spec.train_weights
+        masks, update = upkeep.of_masks(spec, train), upkeep.of_update()
+        calls_only = spec.method == "reinforce" and not train
+        compute = self._mask_passes(spec) + upkeep_seconds(masks, prunable, self.setting) + self._teacher_seconds()
+        state, outside = masks.held * prunable, masks.transient * prunable
+        if train:
+            compute += upkeep_seconds(update, count, self.setting)
+            state += update.held * count + FP32 * (count - prunable)  # the other weights' gradients
+            outside = max(outside, update.transient * count)
+
+        def at(batch: float) -> float:
+            held = self.call.at(batch).peak if calls_only else self.training.at(batch).activations
+            return max(held + masks.during * prunable, outside)
+
+        fixed, summed = (FP32 * count + self._teacher_bytes(), state), summed_bytes(spec, count, prunable)
+        return self._stage(name, steps, self.batch, compute, fixed, at, summed)
+
+    def _mask_passes(self, spec: Mask) -> float:
+        """Seconds of the UNet's passes: reinforce judges m0 and each drawn mask, forward only unless weights train."""
+        whole = self.training.at(self.batch)
+        if spec.method != "reinforce":
+            return seconds(whole, self.setting)
+        base = 0.0 if spec.cached_batches else seconds(whole.forward_only(), self.setting)
+        return base + spec.samples * seconds(whole if spec.train_weights else whole.forward_only(), self.setting)
+
+    def _evaluate(self) -> Stage:
+        """Sampling of every variant and its validation loss, in fp32; a step is one call of the UNet."""
+        spec, recipe, gpus = self.recipe.eval, self.recipe, self.setting.gpus
+        sets = 0 if bundled.quality(recipe) is not None else 2 if spec.noise_floor else 1
+        others = (recipe.prune.target > 0) + (recipe.mask.method != "none")
+        calls = share(share(spec.images, gpus), self.chunk) * spec.steps
+        calls += share(share(VALIDATION_IMAGES, gpus), self.chunk)
+        dense, other = (seconds(costs.at(self.chunk), self.setting) for costs in (self.dense_call, self.call))
+        compute = (sets * dense + others * other) / max(1, sets + others)
+        fixed, steps = (FP32 * self.dense.parameters, 0.0), calls * (sets + others)
+        name = ("evaluate", "sampling of all variants")
+        return self._stage(name, steps, self.chunk, compute, fixed, lambda b: self.dense_call.at(b).peak)
+
+    # --- how costs grow ---
+    def growth(self) -> dict[str, list[dict[str, Any]]]:
+        """How the costs of a fine-tuning step grow with ranks, images and parameters, the rest as planned."""
+        return {"ranks": self._by_ranks(), "images": self._by_images(), "parameters": self._by_parameters()}
+
+    def _step_seconds(self, batch: int) -> float:
+        update = upkeep_seconds(upkeep.of_update(), self.structured.parameters, self.setting)
+        return seconds(self.training.at(batch), self.setting) + update
+
+    def _by_ranks(self) -> list[dict[str, Any]]:
+        rows, count, batch = [], self.structured.parameters, self.recipe.data.batch_size
+        for ranks in (n for n in sorted({*RANKS, self.setting.gpus}) if n <= batch):
+            own, sent = share(batch, ranks), ring(summed_bytes(None, count, self.prunable), ranks)
+            row = {"ranks": ranks, "batch": own, "compute": self._step_seconds(own), "sent_finetune": sent}
+            row["communication"] = link_seconds(sent, self.setting)
+            for method in SHOWN_METHODS:
+                summed = summed_bytes(Mask(method=method), count, self.prunable)
+                row[f"sent_{method}"] = ring(summed, ranks) if self.prunable else None
+            rows.append(row)
+        return rows
+
+    def _by_images(self) -> list[dict[str, Any]]:
+        rows = []
+        for batch in sorted({max(1, self.batch // 2), self.batch, 2 * self.batch, 4 * self.batch}):
+            trace, compute = self.training.at(batch), self._step_seconds(batch)
+            rows.append({"batch": batch, "compute": compute, "saved_activations": trace.saved, "peak": trace.peak})
+        return rows
+
+    def _by_parameters(self) -> list[dict[str, Any]]:
+        both = [("dense", self.dense, self.dense_call), ("structured", self.structured, self.call)]
+        rows = []
+        for name, found, call in both[: 1 if self.structured is self.dense else 2]:
+            count = found.parameters
+            held = (2 * FP32 + upkeep.of_update().held) * count  # weights, gradients, optimiser and average
+            row = {"model": name, "parameters": count, "macs": call.at(1).macs, "training_state": held}
+            row["call"] = seconds(call.at(self.chunk), self.setting) / self.chunk
+            rows.append(row | {"sent_finetune": ring(FP32 * count, self.setting.gpus)})
+        return rows
+
+
+def share(count: int, among: int) -> int:
+    """What the busiest of so many gets of a count."""
+    return -(-count // among)
+
+
+def make(recipe: Recipe, dense: Outline, setting: Setting) -> dict[str, Any]:
+    """The plan, as JSON has it. ModelError, PlanError or ValueError in one line."""
+    planner = Planner(recipe, dense, setting)
+    stages, step = planner.stages(), planner.training.at(planner.batch)
+    whole = sum(stage.seconds for stage in stages)
+    cost = None
+    if setting.price is not None:
+        cost = {"price_per_hour": setting.price, "basis": "given", "total": whole / 3600 * setting.gpus * setting.price}
+    return {
+        "device": setting.device.as_dict(),
+        "gpus": setting.gpus,
+        "efficiency": setting.efficiency,
+        "times_are": setting.words,
+        "precision": "bf16" if planner.bf16 else "fp32",
+        "batch": recipe.data.batch_size,
+        "model": {
+            "parameters": dense.parameters,
+            "macs": round(planner.dense_call.at(1).macs),
+            "structured_parameters": planner.structured.parameters,
+            "structured_macs": round(planner.call.at(1).macs),
+            "prunable_weights": planner.prunable,
+            "saved_activations": step.saved,
+            "operations": len(step.flops),
+        },
+        "stages": [stage.as_dict() for stage in stages],
+        "seconds": whole,
+        "communication_unknown": [stage.what for stage in stages if stage.communication is None],
+        "cost": cost,
+        "fits": all(stage.fits for stage in stages),
+        "growth": planner.growth(),
+        "not_counted": not_counted(setting, len(step.flops)),
+    }
+
+
+def not_counted(setting: Setting, operations: int) -> list[str]:
+    """What the figures leave out, in words."""
+    launch = (
+        f"launching the {operations:,} operations of a training step's passes, which small models on a GPU wait for"
+    )
+    return [*([launch] if setting.device.basis == "published" else []), *NOT_COUNTED]
