@@ -101,6 +101,21 @@ def words(state: RunState | Holder) -> str:
     return f"{state.program or 'a process'} (pid {state.pid} on {state.host})"
 
 
+def beat(path: Path) -> None:
+    """Leave a sign of life in a file's time."""
+    path.touch()
+    now = time.time()
+    os.utime(path, (now, now))  # by the clock that state.json is written by, and not by a file server's
+
+
+def last_beat(path: Path) -> float:
+    """When :func:`beat` was called last, seconds since the epoch; 0 for never."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 class Beats:
     """Heartbeats of owners on other machines, as this process saw them change by its own clock that cannot be set."""
 

@@ -40,6 +40,7 @@ SYSTEM = "system.jsonl"
 HEARTBEAT = ".heartbeat"  # its time is that of the owner's last sign of life, where state.json's is older
 SCHEMA = 2  # of state.json; 1 knew an owner by pid and clock alone
 NUMBERS = ("created", "seconds", "heartbeat", "step", "of", "pid", "pid_started", "began")  # of a state
+HANDOVER = 3.0  # seconds that an owner which has recorded its ending may still hold the lock
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
 
@@ -108,8 +109,7 @@ class Run:
     def state(self) -> RunState:
         """The recorded state, with a dead owner's run shown as *interrupted*."""
         state = self._recorded()
-        with suppress(FileNotFoundError):
-            state.heartbeat = max(state.heartbeat, (self.folder / HEARTBEAT).stat().st_mtime)
+        state.heartbeat = max(state.heartbeat, owner.last_beat(self.folder / HEARTBEAT))
         if state.status in ACTIVE and owner.is_this_process(state):
             state = _UNWRITTEN.get(self.folder, state)
         if state.status in ACTIVE and not owner.lives(state, STALE_AFTER):
@@ -138,9 +138,7 @@ class Run:
 
     def beat(self) -> None:
         """A sign of life for other machines, from an owner that has no news to write."""
-        path, now = self.folder / HEARTBEAT, time.time()
-        path.touch()
-        os.utime(path, (now, now))  # by the clock of state.json's, and not by a file server's
+        owner.beat(self.folder / HEARTBEAT)
 
     def claim(self, state: RunState, status: Status) -> None:
         """Record this process as the run's owner."""
@@ -153,7 +151,7 @@ class Run:
 
         Old requests to stop or to pause are forgotten. StoreError, saying who has the run, when it cannot be taken.
         """
-        with self.lock():
+        with self.lock(0 if self.state().status in ACTIVE else HANDOVER):
             state = self.state()
             if state.status not in RESUMABLE:
                 by = f" by {owner.words(state)}" if state.status in ACTIVE else ""
