@@ -17,7 +17,7 @@ import streamlit as st
 
 from app import lab, parts
 from app.live_plot import live_plot
-from prunedm import cache, charts, environment, system
+from prunedm import cache, charts, environment, support, system
 from prunedm.charts import Figure
 from prunedm.jobs import load_engine
 from prunedm.store import SYSTEM, Run
@@ -279,6 +279,12 @@ def take(runs_dir: Path) -> Look:
     folders = [folder("Runs", runs_dir), folder("Cache", cache.folder(""))]
     devices, checks = environment.machine(), environment.checks(runs_dir)
     return Look(checks, devices, gpus.look(), gpus.problem, folders, time.time())
+
+
+def support_bundle() -> bytes:
+    """The zip for whoever helps, made when it is asked for."""
+    load_engine()  # as above
+    return support.build(lab.runs_dir())
 
 
 def folder(name: str, path: Path) -> Folder:

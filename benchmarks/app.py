@@ -103,6 +103,7 @@ def app_test():
     from streamlit import config
     from streamlit.testing.v1 import AppTest
 
+    config.set_option("server.address", "127.0.0.1")
     config.set_option("runner.postScriptGC", False)
     config.set_option("runner.magicEnabled", False)
     return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=120)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import store
-from .jobs import load_engine, prepared
+from .jobs import load_engine, made, require_inputs
 from .recipe import Recipe
 from .records import RunState
 from .store import Run, StoreError
@@ -77,7 +77,9 @@ class RayExecutor:
     def submit(self, recipe: Recipe) -> Run:
         """Queue a new run. ValueError in one line when the recipe cannot run."""
         require_reserved(recipe)
-        run = prepared(recipe, self.runs_dir, is_here=False)
+        load_engine()
+        require_inputs(recipe, self.runs_dir, is_here=False)
+        run = made(recipe, self.runs_dir)
         self.put(run)
         return run
 

@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from . import untrusted
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+LARGEST_JSON = 64 * untrusted.MIB
 
 
 class StoreError(ValueError):
@@ -63,7 +67,7 @@ def write_npz(path: Path, **arrays: Any) -> None:
 def read_json(path: Path) -> Any:
     """JSON, or StoreError with the file's name."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return untrusted.read_json(path, LARGEST_JSON)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read ({error}); restore or delete the run") from error
 
@@ -83,6 +87,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     if not path.exists():
         return None
     try:
+        untrusted.require_header(path)
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, json.loads(file.metadata()["record"])

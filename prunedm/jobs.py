@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from . import owner, store
+from .logs import LOGGER
 from .recipe import Recipe
 from .records import ACTIVE, Step
 from .store import Run
@@ -50,15 +51,20 @@ def load_engine() -> None:
             gc.freeze()
 
 
-def prepared(recipe: Recipe, runs_dir: Path, is_here: bool = True) -> Run:
-    """A new run of a recipe, once all that it asks for was found. ValueError in one line when it cannot run.
+def require_inputs(recipe: Recipe, runs_dir: Path, is_here: bool = True) -> None:
+    """ValueError in one line when a recipe asks for what is not there.
 
     is_here: whether this machine is to work on it, so that its devices count.
     """
-    load_engine()
     from . import inputs
 
     inputs.load_inputs(recipe if is_here else recipe.model_copy(update={"device": "auto"}), runs_dir)
+
+
+def made(recipe: Recipe, runs_dir: Path) -> Run:
+    """A new run of a recipe whose inputs are there, claimed as *queued* by this process."""
+    from . import inputs
+
     return store.create(runs_dir, inputs.absolute(recipe, runs_dir))
 
 
@@ -115,7 +121,9 @@ class Jobs:
 
     def submit(self, recipe: Recipe) -> Run:
         """Queue a new run. ValueError in one line when the recipe cannot run here."""
-        run = prepared(recipe, self.runs_dir)
+        load_engine()
+        require_inputs(recipe, self.runs_dir)
+        run = made(recipe, self.runs_dir)
         self.put(run)
         return run
 
@@ -174,11 +182,13 @@ class Jobs:
         from . import failure, pipeline
 
         try:
-            pipeline.execute(run)
-        except store.Busy:
-            pass  # it is another process's to end
+            status = pipeline.execute(run)
+            LOGGER.info("run %s: %s", run.id, status)
+        except store.Busy as busy:
+            LOGGER.info("run %s: left alone: %s", run.id, busy)  # it is another process's to end
         except (Exception, SystemExit) as error:  # noqa: BLE001  (the queue goes on whatever one run does)
             # Not the pipeline's failures, which it records: the folder is gone, damaged or full.
+            LOGGER.exception("run %s could not be worked on", run.id)
             with suppress(OSError, store.StoreError):
                 run.end(run.state(), "failed", failure.plain_words(error))
         gc.collect()  # what a failed run held goes back before the next one begins

@@ -189,9 +189,7 @@ def _held(plot: comparison.Plot) -> str:
     """The conditions of a plot in words."""
     one = plot.judged[0]
     if plot.quality.key == "fid":
-        parts = [f"{one.get('fid_images')} images", one.get("sampling.sampler")]
-        parts += [f"{one.get('sampling.steps')} steps"] if one.get("sampling.steps") else []
-        parts += [f"seed {one.get('sampling.seed')}"] if one.get("sampling.seed") is not None else []
+        parts = [f"{one.get('fid_images')} images", figures.sampled(one)]
     else:
         parts = [f"{one.get('validation_images')} held-out images" if one.get("validation_images") else ""]
     parts += [figures.where(one)] if plot.cost.key == "latency_ms" else []

@@ -2,7 +2,7 @@
 
 ::
 
-    runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  mask-layers.jsonl  log.txt
+    runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  mask-layers.jsonl  log.txt[.1 .2 .3]
                 system.jsonl  layers.json  allocation.json  evaluation.json
                 masks/*.npz  samples/*.png  checkpoints/*.safetensors  variants/<name>/...  report.html
 
@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from . import files, owner
+from . import files, logs, owner
 from . import recipe as recipes
 from .files import StoreError, read_json, require_known, write_atomic, write_json
 from .jsonl import read_jsonl
@@ -219,8 +219,7 @@ class Run:
         self.append("events.jsonl", [{"time": round(time.time(), 3), "kind": kind, **values}])
 
     def log(self, line: str) -> None:
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        logs.append(self.log_path, line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """One record a step: ``{"stage", "step", "time", ...}``."""
