@@ -28,7 +28,18 @@ from . import (
     shelf_commands,
     sweep_commands,
 )
-from .terminal import BAD_INPUT, FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
+from .terminal import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    Address,
+    AsJson,
+    ExecutorName,
+    Place,
+    Progress,
+    RunsDir,
+    interruptions,
+)
 from .untrusted import one_line
 
 if TYPE_CHECKING:
@@ -73,35 +84,51 @@ def run_command(
     runs_dir: RunsDir = Path("runs"),
     name: Annotated[str | None, typer.Option(help="name of the run")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and stop")] = False,
+    executor: ExecutorName = "local",
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the pipeline: prune, fine-tune, learn masks, recover, evaluate, report."""
     from . import recipe as recipes
 
+    place = Place(executor, address, runs_dir)
+
     def made() -> str:
         recipe = recipes.resolve(recipe_file, preset, assignments, name)
-        from . import inputs, store
+        from . import inputs, jobs
 
-        inputs.load_inputs(recipe, runs_dir)
         if dry_run:
+            inputs.load_inputs(recipe, runs_dir)
             _print_preview(recipe, inputs.preview(recipe, runs_dir), as_json)
             return ""
-        return store.create(runs_dir, inputs.absolute(recipe, runs_dir)).id
+        jobs.require_inputs(recipe, runs_dir, place.is_here)
+        place.connect(recipe)
+        return jobs.made(recipe, runs_dir).id
 
-    _work(made, runs_dir, as_json)
+    _work(made, place, as_json)
 
 
 @app.command()
-def resume(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
+def resume(
+    run: str,
+    runs_dir: RunsDir = Path("runs"),
+    executor: ExecutorName = "local",
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
     """Go on with a stopped, failed or interrupted run."""
+
+    place = Place(executor, address, runs_dir)
 
     def found() -> str:
         from . import store
 
-        store.find(runs_dir, run).take()
+        run_ = store.find(runs_dir, run)
+        place.connect(run_.recipe())
+        run_.take()
         return run
 
-    _work(found, runs_dir, as_json)
+    _work(found, place, as_json)
 
 
 @app.command("ls")
@@ -195,7 +222,7 @@ def _bundle(runs_dir: Path, runs: list[str], out: Path | None, as_json: bool) ->
         print(f"{path} holds these; nothing private is meant to be in it: look before you pass it on")
 
 
-def _work(find: Callable[[], str], runs_dir: Path, as_json: bool) -> None:
+def _work(find: Callable[[], str], place: Place, as_json: bool) -> None:
     """Execute the run whose id ``find`` gives (nothing where it gives none), on all ranks that were started."""
     parallel.join()
     run_id = parallel.shared(find)
@@ -203,25 +230,23 @@ def _work(find: Callable[[], str], runs_dir: Path, as_json: bool) -> None:
         return
     from . import store
 
-    run = store.Run(runs_dir / run_id)
+    run = store.Run(place.runs_dir / run_id)
     if note := parallel.lonely():
         print(note, file=sys.stderr)
     began = time.monotonic()
-    status = _execute(run)
+    status = _execute(run, place)
     if parallel.is_writer():
         _tell_ending(run, status, time.monotonic() - began, as_json)
     raise typer.Exit({"done": 0, "failed": FAILED}.get(status, INTERRUPTED))
 
 
-def _execute(run: Run) -> str:
+def _execute(run: Run, place: Place) -> str:
     """With rank 0's progress bars; Ctrl-C stops after the step at hand, a second one at once."""
-    from . import pipeline
-
     with interruptions("run") as stop:
         if not parallel.is_writer():
-            return pipeline.execute(run, stop=stop)
-        with _Progress() as bars:
-            return pipeline.execute(run, bars, stop)
+            return place.execute(run, lambda step: None, stop)
+        with Progress() as bars:
+            return place.execute(run, bars, stop)
 
 
 def _tell_ending(run: Run, status: str, seconds: float, as_json: bool) -> None:
@@ -237,48 +262,6 @@ def _tell_ending(run: Run, status: str, seconds: float, as_json: bool) -> None:
         console.print(f"go on with: python -m prunedm resume {run.id} --runs-dir {run.folder.parent}")
     if as_json:
         print(json.dumps(report.summary(run)))
-
-
-class _Progress:
-    """One rich bar a stage, with rate and ETA, on standard error."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self.bars = Progress(
-            TextColumn("{task.description:<20}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:>12}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self.tasks: dict[str, Any] = {}
-        self.bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.stop()
-
-    def __call__(self, step: Any) -> None:
-        from .records import STAGE_LABELS
-
-        if step.of == 0:
-            return
-        if step.stage not in self.tasks:
-            label = STAGE_LABELS[step.stage]
-            self.tasks[step.stage] = self.bars.add_task(label, total=step.of, completed=step.step, rate="")
-            return
-        task = self.tasks[step.stage]
-        speed = self.bars.tasks[task].speed
-        self.bars.update(task, total=step.of, completed=step.step, rate=f"{speed:.1f} step/s" if speed else "")
 
 
 def _print_preview(recipe: Recipe, found: dict[str, Any], as_json: bool) -> None:

@@ -33,10 +33,20 @@ def execute(
     process works on the run or has it in its queue. Where several ranks work on the run, all of them call this, and
     rank 0 answers for all, after each step only.
     """
+    run = shared_run.of(run)
+    with run.lock():
+        return work(run, on_step, stop)
+
+
+def work(
+    run: Run,
+    on_step: Callable[[Step], None] = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """:func:`execute`, for the one who holds the run's lock."""
     from . import training
 
-    run = shared_run.of(run)
-    with run.lock(), training.memory_kept(), system.sampled(run):
+    with training.memory_kept(), system.sampled(run):
         state = run.state()
         run.require_free(state)
         run.claim(state, "running")

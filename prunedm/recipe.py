@@ -140,6 +140,19 @@ class Eval(Section):
         return self
 
 
+class Resources(Section):
+    """What a cluster reserves for a run (cluster.py); on one machine nothing reads it."""
+
+    cpus: int = Field(1, ge=1, le=1024, description="processor cores; a run computes on as many threads")
+    gpus: float = Field(0, ge=0, le=64, description="GPUs: 0, a share such as 0.5, or a whole number")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Resources:
+        if self.gpus > 1 and self.gpus != round(self.gpus):
+            raise ValueError(f"gpus={self.gpus:g} must be a whole number above 1; use {round(self.gpus)}")
+        return self
+
+
 class Recipe(Section):
     """One experiment. Field names, defaults and limits are those of the YAML file."""
 
@@ -152,6 +165,7 @@ class Recipe(Section):
     mask: Mask = Field(default_factory=Mask)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
+    resources: Resources = Field(default_factory=Resources)
 
     @field_validator("name")
     @classmethod

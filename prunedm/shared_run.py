@@ -53,13 +53,13 @@ class SharedRun(Run):
     write_state, append, log = _by_rank_0(Run.write_state), _by_rank_0(Run.append), _by_rank_0(Run.log)
     forget_after, clear_stop, clear_pause = map(_by_rank_0, (Run.forget_after, Run.clear_stop, Run.clear_pause))
     write_layers, write_allocation = _by_rank_0(Run.write_layers), _by_rank_0(Run.write_allocation)
-    write_evaluation = _by_rank_0(Run.write_evaluation)
+    write_evaluation, beat = _by_rank_0(Run.write_evaluation), _by_rank_0(Run.beat)
     claim, drop_checkpoint, _write_checkpoint = map(_met, (Run.claim, Run.drop_checkpoint, Run.save_checkpoint))
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self, patience: float = 0.0) -> AbstractContextManager[None]:
         if not (self.folder / "recipe.yaml").is_file():
             raise StoreError(f"rank {parallel.rank()} sees no {self.folder}; give all machines one --runs-dir")
-        return super().lock() if parallel.is_writer() else nullcontext()
+        return super().lock(patience) if parallel.is_writer() else nullcontext()
 
     def require_free(self, state: RunState) -> None:
         """As rank 0 finds it: the claim on a run that is resumed is that process's."""

@@ -107,6 +107,7 @@ class Sampler(threading.Thread):
             probe, lines = Probe(), len(records(self.job))
             while not self.ending.wait(self.every):
                 with self._guarded():
+                    self.job.beat()
                     self.job.append(SYSTEM, [probe.look()])
                     lines += 1
                     if lines >= self.most:
