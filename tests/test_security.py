@@ -154,7 +154,8 @@ TAGS = [
         (LAUGHS, "alias"), ("seed: &a 1\ntrain: *a", "alias"), ("a: &a [*a]", "alias"),
         ("base: &b {seed: 1}\n<<: *b", "alias"), *((text, "could not determine a constructor") for text in TAGS),
         ("[" * 100_000, "deep"), ("{a: " * 60_000, "deep"), ("- " * 100_000, "deep|not YAML"),
-        (COLLIDING, "characters"), (COLLIDING[:200_000], "string"), ("a: 1\n" * 40_000, "stands twice"), ("x" * 300_000, "characters"),
+        (COLLIDING, "characters"), (COLLIDING[:200_000], "string"), ("a: 1\n" * 40_000, "stands twice"),
+        ("x" * 300_000, "characters"),
         ("seed: " + "9" * 100_000, "digits"), ("name: " + "x" * 200_000, "letters"),
     ],
 )  # fmt: skip
