@@ -43,7 +43,7 @@ for _tag, _form in NUMBERS.items():
 
 
 def load(text: str) -> Any:
-    """The document's value. One of :data:`FAULTS` when it is not YAML, a key stands twice, or it has aliases or tags."""
+    """The document's value. One of :data:`FAULTS` when it is not YAML, a key stands twice, it has aliases or tags."""
     _require_plain(text)
     return yaml.load(text, _Loader)
 
