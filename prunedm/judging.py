@@ -74,7 +74,7 @@ class Request:
         if unknown:
             raise JudgeError(f"--ways {unknown[0]} is not known; use some of {', '.join(WAYS)}")
         if SEMI_STRUCTURED in self.ways:
-            semi_structured.require_cuda()
+            semi_structured.require_cuda("leave it out of --ways, or judge on the machine that has one")
 
     def settings(self, base: Eval) -> Eval:
         """The settings on top of a run's own, or of the defaults; RecipeError for values that cannot be."""
