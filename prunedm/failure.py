@@ -9,7 +9,7 @@ from .recipe import Recipe, flatten
 from .stage_recipes import CALIBRATED
 from .untrusted import one_line
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")  # CUDA and MPS; torch's CPU allocator
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")  # CUDA and MPS; torch's CPU
 SMALLER_STEP = 3  # a rate that diverged is divided by this
 
 

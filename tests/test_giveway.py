@@ -56,7 +56,8 @@ class Watch:
 
 
 @pytest.fixture
-def watched(monkeypatch):
+def watched(monkeypatch, tmp_path):
+    monkeypatch.setenv("PRUNEDM_CACHE", str(tmp_path / "cache"))
     made = []
 
     def watch(run):
@@ -72,6 +73,7 @@ def watched(monkeypatch):
 def whole(tmp_path_factory, recipe):
     """An unhurt run, and how often each stage called a model."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRUNEDM_CACHE", str(tmp_path_factory.mktemp("cache")))  # or it calls no model at all
         run = store.create(tmp_path_factory.mktemp("whole"), recipe)
         watch = Watch(run, patch)
         assert pipeline.execute(run) == "done", run.state().error
@@ -95,7 +97,7 @@ def test_what_lies_between_two_looks_is_short(whole):
 def test_a_stop_asked_for_in_the_middle_of_anything_is_answered_there(whole, watched, tmp_path, stage):
     unhurt, full = whole
     run = store.create(tmp_path, unhurt.recipe())
-    watch, middle = watched(run), full.calls[stage] // 2 + 1
+    watch, middle = watched(run), full.calls[stage] // 3 + 1
     watch.at_call = lambda where, number: (where, number) == (stage, middle) and run.request_stop()
     assert pipeline.execute(run) == "stopped"
     assert run.state().stage == stage and watch.calls[stage] < middle + CALLS
@@ -109,7 +111,7 @@ def test_a_stop_asked_for_in_the_middle_of_anything_is_answered_there(whole, wat
 def test_a_pause_asked_for_in_the_middle_of_anything_holds_there(whole, watched, tmp_path, stage):
     unhurt, full = whole
     run = store.create(tmp_path, unhurt.recipe())
-    watch, middle, held = watched(run), full.calls[stage] // 2 + 1, []
+    watch, middle, held = watched(run), full.calls[stage] // 3 + 1, []
 
     def go_on():
         until(run, "paused")
