@@ -43,7 +43,7 @@ FAULTS = [  # stage, what happens in it, words of the cause, the fields to chang
     ("mask", raising(torch.OutOfMemoryError, "CUDA out of memory. Tried 2 GiB"), MEMORY, {"data.batch_size": 4}),
     ("mask", raising(MemoryError), MEMORY, {"data.batch_size": 4}),
     ("evaluate", real_allocation, "out of memory; free some memory, or use a device with more, and resume", {}),
-    ("prune", raising(ZeroDivisionError, "a\nlong\nstory"), "ZeroDivisionError: a long story", {}),
+    ("prune", raising(IndexError, "a\nlong\nstory"), "IndexError: a long story", {}),
     ("mask", raising(KeyError, "weight"), "KeyError: 'weight'", {}),
     ("evaluate", raising(SystemExit, 3), "SystemExit: 3", {}),
 ]  # fmt: skip
@@ -111,7 +111,7 @@ def prefilled(run, changes):
         buttons[0].click().run()
         app.switch_page("../pages/launch.py").run()
         assert not app.exception
-        assert app.session_state[f"recipe.{field}"] == pytest.approx(value)
+        assert float(app.session_state[f"recipe.{field}"]) == pytest.approx(value)
     assert len(store.all_runs(run.folder.parent)) == 2, "nothing starts by itself"
 
 
