@@ -17,7 +17,7 @@ import torch
 from . import allocate, bundled, forecast, masked_unet, outline, samples, training, upkeep
 from .importance import CALIBRATION_BATCHES
 from .inputs import overrides
-from .mask_stage import BASELINE_IMAGES, SENSITIVITY_IMAGES, initial_kind
+from .mask_stage import BASELINE_BATCH, BASELINE_IMAGES, SENSITIVITY_IMAGES, initial_kind
 from .outline import Outline
 from .plan_model import (
     FP32,
@@ -33,7 +33,7 @@ from .plan_model import (
     summed_bytes,
     upkeep_seconds,
 )
-from .quality import VALIDATION_IMAGES
+from .quality import VALIDATION_BATCH, VALIDATION_IMAGES
 from .recipe import Recipe
 from .stage_recipes import CALIBRATED, FIXED_METHODS, INITIALS, Mask
 
@@ -61,12 +61,12 @@ class Planner:
         self.structured = outline.narrowed(dense, target) if target else dense
         self.bf16 = self._bf16(recipe.train.precision)
         self.prunable = self._prunable()
-        self.training = outline.costs(self.structured, self.batch, self.bf16, kind)
-        self.chunk = self._chunk()
-        self.call = outline.costs(self.structured, self.chunk, False, kind, backward=False)
+        self.training = outline.costs(self.structured, self.bf16, kind)
+        self.chunk = samples.chunk_size(dense.image_shape)
+        self.call = outline.costs(self.structured, False, kind, backward=False)
         self.dense_call = self.call
         if target:
-            self.dense_call = outline.costs(dense, self.chunk, False, kind, backward=False)
+            self.dense_call = outline.costs(dense, False, kind, backward=False)
 
     def _bf16(self, precision: str) -> bool:
         """Whether training computes in bf16 there; ``auto`` does on every published device."""
@@ -82,12 +82,6 @@ class Planner:
         rows = masked_unet.layer_reports(self.structured.unet, spec.n, spec.m, given)
         return sum(math.prod(row.shape) for row in rows if row.eligible)
 
-    def _chunk(self) -> int:
-        """Images that the evaluation samples at once (samples.py), of those that one device has to make."""
-        _, height, width = self.dense.image_shape
-        most = max(1, min(samples.MOST, samples.PIXELS // (height * width)))
-        return min(most, share(self.recipe.eval.images, self.setting.gpus))
-
     # --- stages ---
     def stages(self) -> list[Stage]:
         """Those that the recipe asks for, in their order."""
@@ -97,8 +91,8 @@ class Planner:
                 found.append(self._calibrate())
             found.append(self._finetune())
         if recipe.mask.method != "none":
-            found += [self._begin(), self._mask(), self._recover()]
-        found.append(self._evaluate())
+            found += [self._scores(), self._looks(), self._mask(), self._recover()]
+        found += [self._sampling(), self._validation()]
         return [stage for stage in found if stage.steps]
 
     def _stage(
@@ -113,7 +107,7 @@ class Planner:
     ) -> Stage:
         """``fixed``: bytes of weights and state; ``at``: batch -> bytes of activations; ``summed``: over the ranks."""
         device, sent = self.setting.device, ring(summed, self.setting.gpus)
-        memory, most = Memory(*fixed, at(batch)), largest(device.memory, sum(fixed), at, batch)
+        memory, most = Memory(*fixed, at(batch)), largest(device.memory - sum(fixed), at)
         fits = memory.total <= device.memory
         wait = link_seconds(sent, self.setting)
         return Stage(*name, steps, batch, compute, sent, wait, memory, fits, most, device.basis)
@@ -122,7 +116,7 @@ class Planner:
         """Scores of the channels, on the dense model in fp32 (channel_scores.py); diff-pruning's at most so long."""
         spec, backward = self.recipe.prune, self.recipe.prune.method != "activation"
         batch = share(spec.calibration_images, self.setting.gpus)
-        costs = outline.costs(self.dense, batch, False, self.setting.device.kind, backward)
+        costs = outline.costs(self.dense, False, self.setting.device.kind, backward)
         whole = costs.at(batch)
         passes = [whole.forward_only(), whole] if spec.method == "diff-pruning" else [whole]
         compute = sum(seconds(one, self.setting) for one in passes)
@@ -153,22 +147,28 @@ class Planner:
     def _teacher_bytes(self) -> float:
         return FP32 * self.dense.parameters if self.recipe.train.distill else 0.0
 
-    def _begin(self) -> Stage:
-        """Initial masks, their baseline and, with a density, each layer's sensitivity; a step is one batch."""
-        spec, kind = self.recipe.mask, initial_kind(self.recipe)
-        images = 2 * BASELINE_IMAGES
-        if spec.density is not None and kind in INITIALS:
+    def _scores(self) -> Stage:
+        """Scores of the weights for m0, where they look at images (importance.py)."""
+        kind, gradients = initial_kind(self.recipe), initial_kind(self.recipe) == "fisher"
+        steps = CALIBRATION_BATCHES if kind in ("wanda", "fisher") else 0
+        whole = self.training.at(self.batch)
+        compute = seconds(whole if gradients else whole.forward_only(), self.setting)
+        fixed = FP32 * self.structured.parameters, (M0_BYTES + (2 * FP32 if gradients else 0)) * self.prunable
+        costs = self.training if gradients else self.call
+        name, summed = ("mask", f"{kind} scores of weights"), FP32 * self.prunable if gradients else 0.0
+        return self._stage(name, steps, self.batch, compute, fixed, lambda b: costs.at(b).activations, summed)
+
+    def _looks(self) -> Stage:
+        """The loss before and under m0 and, with a density, under each layer's choices; ranks deal the batches out."""
+        spec, images = self.recipe.mask, 2 * BASELINE_IMAGES
+        if spec.density is not None and initial_kind(self.recipe) in INITIALS:
             rows = masked_unet.layer_reports(self.structured.unet, 1, 2, overrides(self.recipe))
             images += SENSITIVITY_IMAGES * (1 + sum(len(allocate.fitting(row.shape)) for row in rows if row.eligible))
-        scored = CALIBRATION_BATCHES if kind in ("wanda", "fisher") else 0
-        looks, gradients = share(images, self.recipe.data.batch_size), kind == "fisher"
-        trained = self.training.at(self.batch)
-        score = seconds(trained if gradients else trained.forward_only(), self.setting)
-        compute = looks * seconds(self.call.at(self.batch), self.setting) + scored * score
-        fixed = FP32 * self.structured.parameters, (M0_BYTES + (2 * FP32 if gradients else 0)) * self.prunable
-        costs, steps = self.training if gradients else self.call, looks + scored
-        name = ("mask", f"initial masks ({kind if kind in INITIALS else 'given'})")
-        return self._stage(name, steps, self.batch, compute / steps, fixed, lambda b: costs.at(b).activations)
+        steps = share(share(images, BASELINE_BATCH), self.setting.gpus)
+        fixed = FP32 * self.structured.parameters, M0_BYTES * self.prunable
+        compute = seconds(self.call.at(BASELINE_BATCH), self.setting)
+        name = ("mask", "loss under initial masks")
+        return self._stage(name, steps, BASELINE_BATCH, compute, fixed, lambda b: self.call.at(b).peak)
 
     def _mask(self) -> Stage:
         spec = self.recipe.mask
@@ -207,18 +207,25 @@ class Planner:
         base = 0.0 if spec.cached_batches else seconds(whole.forward_only(), self.setting)
         return base + spec.samples * seconds(whole if spec.train_weights else whole.forward_only(), self.setting)
 
-    def _evaluate(self) -> Stage:
-        """Sampling of every variant and its validation loss, in fp32; a step is one call of the UNet."""
-        spec, recipe, gpus = self.recipe.eval, self.recipe, self.setting.gpus
-        sets = 0 if bundled.quality(recipe) is not None else 2 if spec.noise_floor else 1
-        others = (recipe.prune.target > 0) + (recipe.mask.method != "none")
-        calls = share(share(spec.images, gpus), self.chunk) * spec.steps
-        calls += share(share(VALIDATION_IMAGES, gpus), self.chunk)
-        dense, other = (seconds(costs.at(self.chunk), self.setting) for costs in (self.dense_call, self.call))
-        compute = (sets * dense + others * other) / max(1, sets + others)
-        fixed, steps = (FP32 * self.dense.parameters, 0.0), calls * (sets + others)
-        name = ("evaluate", "sampling of all variants")
-        return self._stage(name, steps, self.chunk, compute, fixed, lambda b: self.dense_call.at(b).peak)
+    def _sampling(self) -> Stage:
+        """Images of every variant, a chunk at a time, in fp32; ranks deal the chunks out; a step is one call."""
+        spec = self.recipe.eval
+        calls = share(share(spec.images, self.chunk), self.setting.gpus) * spec.steps
+        dense = 0 if bundled.quality(self.recipe) is not None else 2 if spec.noise_floor else 1
+        return self._judging("sampling of all variants", calls, self.chunk, dense)
+
+    def _validation(self) -> Stage:
+        calls = share(share(VALIDATION_IMAGES, VALIDATION_BATCH), self.setting.gpus)
+        return self._judging("validation losses", calls, VALIDATION_BATCH, int(bundled.quality(self.recipe) is None))
+
+    def _judging(self, what: str, calls: int, batch: int, dense: int) -> Stage:
+        """Calls in fp32 for ``dense`` sets of the dense model, and one of each other variant."""
+        others = (self.recipe.prune.target > 0) + (self.recipe.mask.method != "none")
+        each = [seconds(costs.at(batch), self.setting) for costs in (self.dense_call, self.call)]
+        compute = (dense * each[0] + others * each[1]) / max(1, dense + others)
+        largest, costs = (self.dense, self.dense_call) if dense else (self.structured, self.call)
+        fixed, steps = (FP32 * largest.parameters, 0.0), calls * (dense + others)
+        return self._stage(("evaluate", what), steps, batch, compute, fixed, lambda b: costs.at(b).peak)
 
     # --- how costs grow ---
     def growth(self) -> dict[str, list[dict[str, Any]]]:
@@ -270,9 +277,8 @@ def make(recipe: Recipe, dense: Outline, setting: Setting) -> dict[str, Any]:
     planner = Planner(recipe, dense, setting)
     stages, step = planner.stages(), planner.training.at(planner.batch)
     whole = sum(stage.seconds for stage in stages)
-    cost = None
-    if setting.price is not None:
-        cost = {"price_per_hour": setting.price, "basis": "given", "total": whole / 3600 * setting.gpus * setting.price}
+    hours = whole / 3600 * setting.gpus
+    price = None if setting.price is None else {"of_an_hour": setting.price, "total": hours * setting.price}
     return {
         "device": setting.device.as_dict(),
         "gpus": setting.gpus,
@@ -292,7 +298,8 @@ def make(recipe: Recipe, dense: Outline, setting: Setting) -> dict[str, Any]:
         "stages": [stage.as_dict() for stage in stages],
         "seconds": whole,
         "communication_unknown": [stage.what for stage in stages if stage.communication is None],
-        "cost": cost,
+        "device_hours": hours,
+        "price": price,
         "fits": all(stage.fits for stage in stages),
         "growth": planner.growth(),
         "not_counted": not_counted(setting, len(step.flops)),

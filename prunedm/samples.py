@@ -38,8 +38,7 @@ class SampleSet:
 
     def __init__(self, model: Diffusion, fingerprint: str, settings: Eval, use: str = "evaluation") -> None:
         self.model, self.settings, self.use = model, settings, use
-        _, height, width = model.image_shape
-        self.size = max(1, min(MOST, PIXELS // (height * width)))
+        self.size = chunk_size(model.image_shape)
         device = next(model.unet.parameters()).device.type
         how = (settings.sampler, settings.steps, settings.eta, settings.seed, use, self.size)
         self.folder = cache.folder(KIND) / cache.digest(fingerprint, how, device, torch.__version__)
@@ -83,6 +82,12 @@ class SampleSet:
         features = extractor.features(images)
         cache.write_arrays(self.folder, key, {"features": features.numpy()})
         return features
+
+
+def chunk_size(shape: tuple[int, int, int]) -> int:
+    """How many images of this ``(C, H, W)`` are sampled at once."""
+    _, height, width = shape
+    return max(1, min(MOST, PIXELS // (height * width)))
 
 
 def image_seeds(seed: int, places: range, use: str = "evaluation") -> list[int]:
