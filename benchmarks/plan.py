@@ -15,7 +15,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,14 +89,17 @@ def dense(name: str) -> outline.Outline:
 
 
 # --- predicted and measured ------------------------------------------------------------------------
-def predicted(name: str, batch: int, precision: str, here: devices.Device) -> dict[str, plan_model.Stage]:
+def predicted(
+    name: str, batch: int, precision: str, here: devices.Device, labels: Iterable[str] = tuple(STEPS)
+) -> dict[str, plan_model.Stage]:
     """The plan's stage for each kind of step."""
-    found = {}
-    for method in ("gumbel", "reinforce", "sr-ste", "offset"):
-        wanted = asked(name, batch, precision, method)
-        for stage in plan.Planner(wanted, dense(name), plan_model.Setting(here)).stages():
+    found: dict[str, plan_model.Stage] = {}
+    start = dense(name)
+    for method in sorted({STEPS[label][0] if label.startswith("mask") else "gumbel" for label in labels}):
+        setting = plan_model.Setting(here)
+        for stage in plan.Planner(asked(name, batch, precision, method), start, setting).stages():
             label = f"mask, {method}" if stage.what.startswith("masks by") else stage.stage
-            if label in STEPS and stage.what != "validation losses":
+            if label in labels and stage.what != "validation losses":
                 found.setdefault(label, stage)
     return found
 
@@ -207,7 +210,7 @@ def grown(name: str, given: argparse.Namespace, here: devices.Device) -> str:
     """A fine-tuning step over images (measured too), over ranks and over parameters (predicted)."""
     rows = []
     for batch in (8, 16, 32, 64, 128):
-        stage = predicted(name, batch, given.precision, here)["finetune"]
+        stage = predicted(name, batch, given.precision, here, ["finetune"])["finetune"]
         with training.memory_kept():
             took = step_seconds({"f": step_of("finetune", name, batch, given.precision)}, given.rounds)["f"]
         rows.append([str(batch), f"{stage.compute:.3g}", f"{took:.3g}", mib(stage.memory.activations)])
