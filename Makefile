@@ -1,5 +1,5 @@
 # make lab | make test | make demo | make lint | make bench     (each sets up .venv by itself)
-# Settings: PORT=8501  RUNS=runs  PYTHON=python3
+# Settings: PORT=8501  RUNS=runs  PYTHON=python3  SHARE=1 (others may come in, by a password)
 
 PORT ?= 8501
 RUNS ?= runs
@@ -11,8 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: lab demo test nightly lint bench screenshots browser clean
 
 lab: .venv/.user
-	@echo "PruneDM Lab: http://127.0.0.1:$(PORT)   (Ctrl-C ends it; runs are kept in $(PRUNEDM_RUNS))"
-	@$(BIN)/python -m streamlit run app/main.py --server.port $(PORT)
+	@echo "PruneDM Lab: http://$(if $(SHARE),$$(hostname),127.0.0.1):$(PORT)   (Ctrl-C ends it; runs are kept in $(PRUNEDM_RUNS))"
+	@$(BIN)/python -m prunedm lab --port $(PORT) $(if $(SHARE),--share-on-network)
 
 demo: .venv/.user
 	$(BIN)/python -m prunedm run --preset smoke --name demo

@@ -24,6 +24,7 @@ SECTIONS = {
     "mask": "Stage 2: N:M masks",
     "train": "Training",
     "eval": "Evaluation",
+    "resources": "Resources on a cluster",
 }
 PRESET_HELP = {
     "smoke": "about a minute on two CPU cores: a first look",

@@ -13,7 +13,7 @@ import streamlit as st
 from PIL import Image
 
 from app import lab
-from prunedm import pictures
+from prunedm import logs, pictures
 from prunedm.records import STAGE_LABELS, RunState
 
 STATES = {  # icon and colour; the word always stands beside them
@@ -102,12 +102,10 @@ def empty(text: str, page: str, label: str) -> None:
 
 def log(run) -> None:
     """The end of a run's log."""
-    if not run.log_path.exists():
+    if found := logs.tail(run.log_path, LOG_TAIL):
+        st.code(found, language=None, wrap_lines=True)
+    else:
         st.caption("The log is empty so far.")
-        return
-    with run.log_path.open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
-        st.code(file.read().decode("utf-8", "replace"), language=None, wrap_lines=True)
 
 
 def follow_url(parameter: str, key: str, options: list[str], several: bool = False) -> None:

@@ -14,7 +14,7 @@ import streamlit as st
 
 from app import lab
 from prunedm import store, sweep, sweep_worker
-from prunedm.jobs import Jobs
+from prunedm.jobs import Executor, through
 from prunedm.recipe import RecipeError
 from prunedm.records import ACTIVE
 from prunedm.sweep_spec import Sweep, SweepError
@@ -50,7 +50,7 @@ class Sweeps:
         self._lock = threading.Lock()
         self._tasks: dict[str, Task] = {}
 
-    def start(self, spec: Sweep, jobs: Jobs, trials: int | None = None) -> Task:
+    def start(self, spec: Sweep, jobs: Executor, trials: int | None = None) -> Task:
         """Begin a sweep, or go on with it, unless it is at work. ValueError or OSError where it cannot be.
 
         trials: how many in all, where that is not what the specification says.
@@ -79,12 +79,12 @@ class Sweeps:
         with self._lock:
             return self._tasks.get(name)
 
-    def _work(self, task: Task, jobs: Jobs) -> None:
+    def _work(self, task: Task, jobs: Executor) -> None:
         """In a thread of its own, with a study of its own."""
         status = "failed"
         try:
             study = sweep.start(sweep.spec_of(sweep.load(task.name, self.folder)), self.folder)
-            execute = sweep_worker.through(jobs)
+            execute = through(jobs)
             worker = sweep_worker.Worker(study, self.folder, execute=execute, stop=task.stopping.is_set, tell=task.tell)
             status = worker.run()
         except Exception as error:  # noqa: BLE001  (whatever ends a worker is said on the page)

@@ -17,7 +17,7 @@ import streamlit as st
 
 from app import lab, parts
 from app.live_plot import live_plot
-from prunedm import cache, charts, environment, system
+from prunedm import cache, charts, environment, support, system
 from prunedm.charts import Figure
 from prunedm.jobs import load_engine
 from prunedm.store import SYSTEM, Run
@@ -219,7 +219,7 @@ def machine_now() -> list[tuple[str, str, str]]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(existing(lab.runs_dir()))
     gpus = _gpus()
     seen = gpus.look()
-    gpu = ("GPU", f"{len(seen)}", ", ".join(gpu_now(one) for one in seen)) if seen else ("GPU", "none", NO_GPU)
+    gpu = ("GPU", f"{len(seen)}", ", ".join(gpu_now(one) for one in seen)) if seen else ("GPU", "none seen", NO_GPU)
     return [
         (f"CPU, {os.cpu_count()} cores", f"{_processor().look():.0f} %", "of all processes, since the last look"),
         ("Memory free", bytes_in_words(memory.available), f"of {bytes_in_words(memory.total)}"),
@@ -279,6 +279,12 @@ def take(runs_dir: Path) -> Look:
     folders = [folder("Runs", runs_dir), folder("Cache", cache.folder(""))]
     devices, checks = environment.machine(), environment.checks(runs_dir)
     return Look(checks, devices, gpus.look(), gpus.problem, folders, time.time())
+
+
+def support_bundle() -> bytes:
+    """The zip for whoever helps, made when it is asked for."""
+    load_engine()  # as above
+    return support.build(lab.runs_dir())
 
 
 def folder(name: str, path: Path) -> Folder:

@@ -29,6 +29,7 @@ from prunedm import (  # noqa: E402
     calibration,
     data,
     devices,
+    diffusion,
     learn,
     masked_unet,
     memory,
@@ -37,7 +38,6 @@ from prunedm import (  # noqa: E402
     plan_command,
     plan_model,
     recipe,
-    samples,
     stage_recipes,
     training,
     unet,
@@ -110,7 +110,7 @@ def step_of(label: str, name: str, batch: int, precision: str) -> Callable[[], o
     torch.manual_seed(0)
     model = type(start.unet).from_config(outline.narrowed(start, 0.4).unet.config).eval()
     if label == "evaluate":
-        size = samples.chunk_size(start.image_shape)
+        size = diffusion.call_size(start.image_shape, torch.device("cpu"))
         x, t = torch.randn(size, *start.image_shape), torch.full((size,), 500)
         return lambda: training_free(model, x, t)
     return iter(trainer(label, model, batch, precision)).__next__

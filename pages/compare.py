@@ -69,11 +69,11 @@ def summary(found: dict[str, Judged]) -> None:
 
 def table(found: dict[str, Judged]) -> None:
     plain_table(dict(figures.rows(list(found.values()))), found)
-    floors = figures.floor_rows(list(found.values()))
+    floors = figures.floor_table(list(found.values()))
     if floors:
-        head = ["model", "between", "Frechet distance", "kernel distance", "precision", "recall", "images of a set"]
+        head, rows = floors
         st.caption("Noise floor: what the same metrics find where there is no difference.")
-        st.table(pd.DataFrame([[parts.plain(cell) for cell in row] for row in floors], columns=head).set_index("model"))
+        st.table(pd.DataFrame([[parts.plain(cell) for cell in row] for row in rows], columns=head).set_index(head[0]))
     with st.expander("What the figures hold for"):
         plain_table(dict(figures.condition_rows(list(found.values()))), found)
 

@@ -5,7 +5,7 @@ import time
 import streamlit as st
 
 from app import lab, parts, system_views
-from prunedm import __version__, bundled, environment, glossary
+from prunedm import __version__, bundled, environment, glossary, support
 
 DATA_LICENCE = bundled.IMAGES.parent / "LICENSE-fashion-mnist.txt"
 BUNDLED = (
@@ -133,13 +133,30 @@ def about() -> None:
         "or an extractor whose weights are not here."
     )
     st.markdown("It builds on: " + ", ".join(f"{name} ({paper})" for name, paper in glossary.PAPERS.items()) + ".")
-    st.markdown("The same figures on the command line:")
+    st.markdown("The same figures on the command line, and with `--bundle` the support bundle:")
     st.code(f".venv/bin/python -m prunedm doctor --runs-dir {lab.runs_dir()}", language="bash", wrap_lines=True)
+
+
+def support_bundle() -> None:
+    st.subheader("Support bundle")
+    st.markdown(
+        "One zip for whoever helps: this machine and its checks, versions and packages, the lab's settings and log; "
+        f"of the newest {support.RUNS} runs recipe, state and the ends of log, metrics and events. No images, samples "
+        "or weights; names, secrets and places on disk are taken out. Look into it before you pass it on."
+    )
+    st.download_button(
+        "Make and download the bundle",
+        system_views.support_bundle,
+        support.file_name(),
+        "application/zip",
+        on_click="ignore",
+        help="Takes a few seconds.",
+    )
 
 
 st.title("System")
 machine()
-for part in (words, licences, about):
+for part in (support_bundle, words, licences, about):
     with parts.said():
         part()
 with parts.said():

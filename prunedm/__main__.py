@@ -1,5 +1,5 @@
 """The command line: ``python -m prunedm run|resume|sweep|plan|pause|continue|stop|ls|show|tag|note|archive|rm|trash``,
-``doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
+``lab|doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
 
 Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,18 +20,33 @@ from . import (
     control_commands,
     export_commands,
     judge_commands,
+    lab_command,
     mask_commands,
+    parallel,
     plan_command,
     pretrain_command,
     shelf_commands,
     sweep_commands,
 )
-from .terminal import BAD_INPUT, FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
+from .terminal import (
+    BAD_INPUT,
+    FAILED,
+    INTERRUPTED,
+    Address,
+    AsJson,
+    ExecutorName,
+    Place,
+    Progress,
+    RunsDir,
+    interruptions,
+)
+from .untrusted import one_line
 
 if TYPE_CHECKING:
     from .recipe import Recipe
     from .store import Run
 
+LONGEST_ERROR = 1000  # characters on the terminal
 app = typer.Typer(
     help="Prune diffusion models: structured channel pruning, then learned N:M masks.",
     add_completion=False,
@@ -39,6 +55,7 @@ app = typer.Typer(
 )
 
 app.add_typer(mask_commands.app, name="masks")
+app.command()(lab_command.lab)
 app.command()(pretrain_command.pretrain)
 app.command()(judge_commands.evaluate)
 app.command()(judge_commands.compare)
@@ -67,29 +84,51 @@ def run_command(
     runs_dir: RunsDir = Path("runs"),
     name: Annotated[str | None, typer.Option(help="name of the run")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done, and stop")] = False,
+    executor: ExecutorName = "local",
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the pipeline: prune, fine-tune, learn masks, recover, evaluate, report."""
     from . import recipe as recipes
 
-    recipe = recipes.resolve(recipe_file, preset, assignments, name)
-    from . import inputs, store
+    place = Place(executor, address, runs_dir)
 
-    inputs.load_inputs(recipe, runs_dir)
-    if dry_run:
-        _print_preview(recipe, inputs.preview(recipe, runs_dir), as_json)
-        return
-    _work(store.create(runs_dir, inputs.absolute(recipe, runs_dir)), as_json)
+    def made() -> str:
+        recipe = recipes.resolve(recipe_file, preset, assignments, name)
+        from . import inputs, jobs
+
+        if dry_run:
+            inputs.load_inputs(recipe, runs_dir)
+            _print_preview(recipe, inputs.preview(recipe, runs_dir), as_json)
+            return ""
+        jobs.require_inputs(recipe, runs_dir, place.is_here)
+        place.connect(recipe)
+        return jobs.made(recipe, runs_dir).id
+
+    _work(made, place, as_json)
 
 
 @app.command()
-def resume(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
+def resume(
+    run: str,
+    runs_dir: RunsDir = Path("runs"),
+    executor: ExecutorName = "local",
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
     """Go on with a stopped, failed or interrupted run."""
-    from . import store
 
-    found = store.find(runs_dir, run)
-    found.take()
-    _work(found, as_json)
+    place = Place(executor, address, runs_dir)
+
+    def found() -> str:
+        from . import store
+
+        run_ = store.find(runs_dir, run)
+        place.connect(run_.recipe())
+        run_.take()
+        return run
+
+    _work(found, place, as_json)
 
 
 @app.command("ls")
@@ -137,10 +176,25 @@ def show(run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) ->
 
 
 @app.command()
-def doctor(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
-    """Look at environment, devices, versions and disk: what is missing and what to do."""
+def doctor(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="of the bundle", show_default=False)
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+    bundle: Annotated[
+        bool, typer.Option("--bundle", help="make a zip for whoever helps, of the runs named or the newest")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="the zip of --bundle", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at environment, devices, versions and disk: what is missing and what to do; or put it into a bundle."""
     from . import environment
 
+    if bundle:
+        _bundle(runs_dir, runs or [], out, as_json)
+        return
+    if runs or out:
+        raise typer.BadParameter(f"{'RUN' if runs else '--out'} belongs to a bundle; add --bundle")
     checks = environment.checks(runs_dir)
     if as_json:
         print(json.dumps([vars(check) for check in checks]))
@@ -156,66 +210,58 @@ def doctor(runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def _work(run: Run, as_json: bool) -> None:
-    """Execute with progress bars; Ctrl-C stops after the step at hand, a second one at once."""
-    from . import pipeline, report
+def _bundle(runs_dir: Path, runs: list[str], out: Path | None, as_json: bool) -> None:
+    from . import support
 
+    path = out or Path(support.file_name())
+    names = support.write(runs_dir, runs, path)
+    if as_json:
+        print(json.dumps({"bundle": str(path), "contents": names}))
+    else:
+        print("\n".join(names))
+        print(f"{path} holds these; nothing private is meant to be in it: look before you pass it on")
+
+
+def _work(find: Callable[[], str], place: Place, as_json: bool) -> None:
+    """Execute the run whose id ``find`` gives (nothing where it gives none), on all ranks that were started."""
+    parallel.join()
+    run_id = parallel.shared(find)
+    if not run_id:
+        return
+    from . import store
+
+    run = store.Run(place.runs_dir / run_id)
+    if note := parallel.lonely():
+        print(note, file=sys.stderr)
     began = time.monotonic()
-    with interruptions("run") as stop, _Progress() as bars:
-        status = pipeline.execute(run, bars, stop)
+    status = _execute(run, place)
+    if parallel.is_writer():
+        _tell_ending(run, status, time.monotonic() - began, as_json)
+    raise typer.Exit({"done": 0, "failed": FAILED}.get(status, INTERRUPTED))
+
+
+def _execute(run: Run, place: Place) -> str:
+    """With rank 0's progress bars; Ctrl-C stops after the step at hand, a second one at once."""
+    with interruptions("run") as stop:
+        if not parallel.is_writer():
+            return place.execute(run, lambda step: None, stop)
+        with Progress() as bars:
+            return place.execute(run, bars, stop)
+
+
+def _tell_ending(run: Run, status: str, seconds: float, as_json: bool) -> None:
+    from . import report
+
     console = _console()
     if status == "done":
         _print_figures(run)
-        console.print(f"{run.id} done in {time.monotonic() - began:.0f} s; report: {run.report_path}")
+        console.print(f"{run.id} done in {seconds:.0f} s; report: {run.report_path}")
     else:
         error = run.state().error
         console.print(f"{run.id} {status}" + (f": {error}" if error else ""), highlight=False)
         console.print(f"go on with: python -m prunedm resume {run.id} --runs-dir {run.folder.parent}")
     if as_json:
         print(json.dumps(report.summary(run)))
-    raise typer.Exit({"done": 0, "failed": FAILED}.get(status, INTERRUPTED))
-
-
-class _Progress:
-    """One rich bar a stage, with rate and ETA, on standard error."""
-
-    def __enter__(self) -> _Progress:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self.bars = Progress(
-            TextColumn("{task.description:<20}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:>12}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self.tasks: dict[str, Any] = {}
-        self.bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.stop()
-
-    def __call__(self, step: Any) -> None:
-        from .records import STAGE_LABELS
-
-        if step.of == 0:
-            return
-        if step.stage not in self.tasks:
-            label = STAGE_LABELS[step.stage]
-            self.tasks[step.stage] = self.bars.add_task(label, total=step.of, completed=step.step, rate="")
-            return
-        task = self.tasks[step.stage]
-        speed = self.bars.tasks[task].speed
-        self.bars.update(task, total=step.of, completed=step.step, rate=f"{speed:.1f} step/s" if speed else "")
 
 
 def _print_preview(recipe: Recipe, found: dict[str, Any], as_json: bool) -> None:
@@ -294,20 +340,28 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; bad input is one line on standard error."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        if parallel.launched() > 1 and given[:1] not in (["run"], ["resume"]):
+            raise parallel.LaunchError(
+                f"ranks work on run and resume only; start {given[:1] or 'this'} without a launcher"
+            )
         return app(given or ["--help"], standalone_mode=False) or 0
     except typer.TyperException as error:
-        print(f"error: {error.format_message().rstrip('.')}; see --help", file=sys.stderr)
+        print(f"error: {one_line(error.format_message().rstrip('.'), LONGEST_ERROR)}; see --help", file=sys.stderr)
         return BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except parallel.RankLost as error:
+        if parallel.is_writer():  # where rank 0 has failed, it has said why
+            print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except OSError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_ERROR)}", file=sys.stderr)
         return FAILED
     except ValueError as error:  # RecipeError, ModelError, StoreError, InputError: all one line
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST_ERROR)}", file=sys.stderr)
         return BAD_INPUT
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.leave(main())

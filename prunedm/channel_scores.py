@@ -23,13 +23,13 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from . import diffusion, giveway
+from . import diffusion, giveway, parallel
 from .channel_groups import Score
 from .data import Batches, to_float
 from .diffusion import NoisedBatch
 from .seeds import generator
 from .stage_recipes import CALIBRATED, Prune
-from .training import Task
+from .training import Task, gradients
 
 
 @contextmanager
@@ -78,9 +78,8 @@ def spaced_batches(task: Task, spec: Prune) -> Iterator[NoisedBatch]:
     noise = torch.randn(x0.shape, generator=generator(task.seed, "prune", "noise")).to(x0)
     for t in giveway.between(torch.linspace(0, steps - 1, spec.calibration_steps).round().long().tolist()):
         ts = torch.full((len(x0),), t, device=x0.device)
-        yield NoisedBatch(
-            task.scheduler.add_noise(x0, noise, ts), ts, diffusion.regression_target(task.scheduler, x0, noise, ts)
-        )
+        target = diffusion.regression_target(task.scheduler, x0, noise, ts)
+        yield task.own(NoisedBatch(task.scheduler.add_noise(x0, noise, ts), ts, target))
 
 
 def kept_timesteps(losses: list[float], threshold: float) -> list[bool]:
@@ -92,31 +91,32 @@ def kept_timesteps(losses: list[float], threshold: float) -> list[bool]:
 def _taylor(unet: nn.Module, task: Task, spec: Prune) -> dict[str, Tensor]:
     with _gradients(unet):
         for step in giveway.between(range(spec.calibration_steps)):
-            loss = task.losses(unet, task.batch("calibration", step)).mean() / spec.calibration_steps
-            loss.backward()
+            task.backward(unet, task.batch("calibration", step), spec.calibration_steps)
         return _weight_times_gradient(unet)
 
 
 def _diff_pruning(unet: nn.Module, task: Task, spec: Prune) -> dict[str, Tensor]:
     with torch.no_grad():
-        losses = [task.losses(unet, batch).mean().item() for batch in spaced_batches(task, spec)]
-    kept = kept_timesteps(losses, spec.loss_threshold)
+        losses = torch.stack([batch.mean(task.losses(unet, batch)) for batch in spaced_batches(task, spec)])
+    parallel.sum_([losses])
+    kept = kept_timesteps(losses.tolist(), spec.loss_threshold)
     with _gradients(unet):
         for batch, wanted in zip(spaced_batches(task, spec), kept, strict=True):
             if wanted:
-                task.losses(unet, batch).mean().backward()
+                task.backward(unet, batch)
         return _weight_times_gradient(unet)
 
 
 @torch.no_grad()
 def _activation(unet: nn.Module, task: Task, spec: Prune) -> dict[str, Tensor]:
-    layers = _layers(unet)
+    layers, share = _layers(unet), 1.0
     squares: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def watch(name: str):
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x, channels = inputs[0].float(), 1 if isinstance(module, nn.Conv2d) else inputs[0].dim() - 1
-            squares[name].append(x.square().mean([d for d in range(x.dim()) if d != channels]))
+            found = x.square().mean([d for d in range(x.dim()) if d != channels])
+            squares[name].append(found if share == 1.0 else found * share)
 
         return hook
 
@@ -125,6 +125,7 @@ def _activation(unet: nn.Module, task: Task, spec: Prune) -> dict[str, Tensor]:
     try:
         for batch in spaced_batches(task, spec):
             times.append(batch.t[0].item())
+            share = batch.share
             task.losses(unet, batch)
     finally:
         for hook in hooks:
@@ -133,6 +134,7 @@ def _activation(unet: nn.Module, task: Task, spec: Prune) -> dict[str, Tensor]:
     found = {}
     for name, module in layers.items():
         seen = torch.stack(squares[name])  # [timesteps, input channels]
+        parallel.sum_([seen])
         power = seen.amax(0) if weights is None else (weights.to(seen)[:, None] * seen).sum(0)
         found[name] = module.weight.abs() * power.sqrt().view(1, -1, *[1] * (module.weight.dim() - 2))
     return found
@@ -167,6 +169,7 @@ def _gradients(unet: nn.Module) -> Iterator[None]:
 
 
 def _weight_times_gradient(unet: nn.Module) -> dict[str, Tensor]:
+    parallel.sum_(gradients(unet.parameters()))
     return {
         name: torch.zeros_like(m.weight) if m.weight.grad is None else (m.weight * m.weight.grad).detach()
         for name, m in _layers(unet).items()

@@ -118,7 +118,12 @@ def _timed(one: Judged) -> tuple:
 
 
 def _validated(one: Judged) -> tuple:
-    return (one.get("validation_images"), (one.get("sampling") or {}).get("data"))
+    """Another target of the prediction, or other trained timesteps, is another task with losses of its own.
+
+    Records from before it was kept are of models that predict the noise.
+    """
+    task = (one.get("timesteps"), one.get("prediction_type") or "epsilon")
+    return (one.get("validation_images"), *(one.get(f"sampling.{key}") for key in ("data", "seed")), *task)
 
 
 def _always(one: Judged) -> tuple:
@@ -131,6 +136,7 @@ QUALITIES = (
 )
 COSTS = (
     Axis("macs", "MACs", "MACs an image (dense arithmetic)", _always),
+    Axis("nonzero_parameters", "parameters", "parameters that are not zero", _always),
     Axis("sizes.packed_fp16", "bytes", "bytes, packed fp16", _always),
     Axis("latency_ms", "ms", "latency of a UNet call, ms (measured)", _timed),
 )
@@ -169,6 +175,15 @@ def pareto(judged: Sequence[Judged]) -> list[Plot]:
                     kept = front([(m.get(cost.key), m.get(quality.key)) for m in members])
                     plots.append(Plot(cost, quality, members, kept, conditions))
     return plots
+
+
+def fronts(judged: Sequence[Judged]) -> dict[int, list[tuple[Axis, Axis, bool]]]:
+    """For each model (by its ``id``) the quality and cost it was compared on, and whether it is on that front."""
+    found: dict[int, list[tuple[Axis, Axis, bool]]] = {}
+    for plot in pareto(judged):
+        for one, is_on in zip(plot.judged, plot.on_front):
+            found.setdefault(id(one), []).append((plot.quality, plot.cost, is_on))
+    return found
 
 
 # --- efficiency ------------------------------------------------------------------------------

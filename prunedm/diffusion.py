@@ -7,18 +7,20 @@ are those of diffusers; this module only fixes where each random number comes fr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import giveway
+from . import giveway, parallel
 from .recipe import SAMPLERS, TIMESTEPS
 from .seeds import generator
 from .unet import image_shape
 
 TIMESTEP_BINS = 10
+CALL, CALL_ON_CPU, CALL_PIXELS = 64, 8, 64 * 64 * 64  # images of a UNet call while sampling, and their pixels, at most
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t [B,C,H,W], t [B]) -> prediction [B,C,H,W]
 
@@ -29,7 +31,8 @@ class NoisedBatch:
 
     x_t, target: ``[B, C, H, W]``; t: ``[B]`` integer timesteps; weight: ``[B]`` factors of each image's
     loss (None: 1); teacher: the dense model's prediction, to be matched with ``distill`` times the weight
-    of the target.
+    of the target. share: which share of the step's whole batch these images are (a rank's slice, a part that
+    is passed by itself), and whole_t: the timesteps of all of it, ``[whole B]``; None where this is all.
     """
 
     x_t: Tensor
@@ -38,6 +41,27 @@ class NoisedBatch:
     weight: Tensor | None = None
     teacher: Tensor | None = None
     distill: float = 0.0
+    share: float = 1.0
+    whole_t: Tensor | None = None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The part of these images, ``values [B]``, in the mean over the whole batch."""
+        return values.mean() if self.share == 1.0 else values.mean() * self.share
+
+    def slice(self, start: int, stop: int) -> NoisedBatch:
+        """The images at places ``start`` to ``stop`` (less one)."""
+        tensors = {name: getattr(self, name) for name in ("x_t", "t", "target", "weight", "teacher")}
+        cut = {name: None if tensor is None else tensor[start:stop] for name, tensor in tensors.items()}
+        whole = self.t if self.whole_t is None else self.whole_t
+        return dataclasses.replace(self, **cut, share=self.share * (stop - start) / len(self.t), whole_t=whole)
+
+    def parts(self, count: int) -> list[NoisedBatch]:
+        """So many parts of nearly equal size, fewer where there are fewer images."""
+        if count == 1:
+            return [self]
+        images = len(self.t)
+        count = min(count, images)
+        return [self.slice(images * i // count, images * (i + 1) // count) for i in range(count)]
 
 
 def regression_target(scheduler, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -89,9 +113,12 @@ class Timesteps:
         if self.kind != "importance":
             return
         bins = bin_of(t, self.steps)
-        for b in bins.unique().tolist():
+        counts = torch.bincount(bins, minlength=TIMESTEP_BINS).float()
+        squares = bin_sums(losses.square(), bins)
+        parallel.sum_([counts, squares])
+        for b in counts.nonzero()[:, 0].tolist():
             rate = max(0.05, 1 / (1 + self.seen[b].item()))
-            self.squares[b] += rate * (losses[bins == b].square().mean() - self.squares[b])
+            self.squares[b] += rate * (squares[b] / counts[b] - self.squares[b])
             self.seen[b] += 1
 
     def tensors(self) -> dict[str, Tensor]:
@@ -104,6 +131,11 @@ class Timesteps:
 def bin_of(t: Tensor, steps: int) -> Tensor:
     """The timestep bin of each t: TIMESTEP_BINS of equal width, the cleanest first."""
     return t * TIMESTEP_BINS // steps
+
+
+def bin_sums(values: Tensor, bins: Tensor) -> Tensor:
+    """The sum of the values ``[B]`` in each timestep bin, ``[TIMESTEP_BINS]``."""
+    return torch.stack([values[bins == b].sum() for b in range(TIMESTEP_BINS)])
 
 
 def min_snr_weight(scheduler, t: Tensor, gamma: float) -> Tensor:
@@ -183,8 +215,12 @@ def validation_batches(scheduler, images: Tensor, count: int, batch_size: int, s
 
 @torch.no_grad()
 def per_image_losses(denoiser: Denoiser, batches: list[NoisedBatch]) -> Tensor:
-    """Noise-prediction error of each image, ``[N]``, in the batches' order: pairs of variants, for intervals."""
-    return torch.cat([per_image_loss(denoiser, batch) for batch in giveway.between(batches)])
+    """Noise-prediction error of each image, ``[N]``, in the batches' order: pairs of variants, for intervals.
+
+    Ranks deal the batches out, so all of them must call.
+    """
+    found = giveway.before_each(lambda i: per_image_loss(denoiser, batches[i]))
+    return torch.cat(list(parallel.dealt(len(batches), found)))
 
 
 def validation_loss(denoiser: Denoiser, batches: list[NoisedBatch]) -> float:
@@ -234,6 +270,24 @@ def require_sampler(unet, sampler: str) -> None:
         )
 
 
+def call_size(image_shape: tuple[int, int, int], device: torch.device) -> int:
+    """How many images ``(C, H, W)`` each UNet call of :func:`sample` has, whatever the batch."""
+    _, height, width = image_shape
+    most = CALL_ON_CPU if device.type == "cpu" else CALL
+    return max(1, min(most, CALL_PIXELS // (height * width)))
+
+
+def _in_calls(unet, x: Tensor, t: Tensor, size: int) -> Tensor:
+    """The UNet's output for ``x [B, C, H, W]``, float32, by calls of ``size`` images; the last is filled up.
+
+    Kernels are chosen by batch size and differ in the last digits, which sampling grows: Euler's images differed by
+    1.2e-5 after 25 steps. Calls of one size give each image the same digits in any batch.
+    """
+    missing = -len(x) % size
+    filled = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+    return torch.cat([unet(part, t).sample.float() for part in filled.split(size)])[: len(x)]
+
+
 @torch.no_grad()
 def sample(
     unet,
@@ -243,7 +297,7 @@ def sample(
     steps: int = 25,
     eta: float = 0.0,
 ) -> Tensor:
-    """Images ``[B, C, H, W]`` in [-1, 1], one for each seed, the same whatever the batch size.
+    """Images ``[B, C, H, W]`` in [-1, 1], one for each seed, the same in any batch (:func:`_in_calls`).
 
     Each image's generator gives its first noise and then that of the steps (ddpm, and ddim with ``eta`` > 0:
     the share of DDPM's noise, DDIM eq. 16). ValueError as :func:`make_sampler` and :func:`require_sampler`.
@@ -256,9 +310,9 @@ def sample(
     shape, parameter = image_shape(unet), next(unet.parameters())
     generators = [generator(seed, "image") for seed in image_seeds]
     x = torch.stack([torch.randn(shape, generator=gen) for gen in generators])
-    x = (x * stepper.init_noise_sigma).to(parameter.device)
+    x, size = (x * stepper.init_noise_sigma).to(parameter.device), call_size(shape, parameter.device)
     for t in giveway.between(stepper.timesteps):
-        prediction = unet(stepper.scale_model_input(x, t), t).sample.float()
+        prediction = _in_calls(unet, stepper.scale_model_input(x, t), t, size)
         x = stepper.step(prediction, t, x, generator=generators, **options).prev_sample
     return x.clamp(-1, 1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bundled, data, latency, pattern, sizes, subject, unet
+from . import bundled, data, latency, parallel, pattern, sizes, subject, unet
 from .masked_unet import EXCLUDED
 from .quality import Judge, Target
 from .recipe import Recipe
@@ -131,8 +131,8 @@ def new_session() -> str:
 
 # --- a run's own evaluation ----------------------------------------------------------------------
 def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device) -> Iterator[Step]:
-    """Evaluate each variant that is not yet in ``evaluation.json``, then time all together."""
-    results = run.evaluation()
+    """Evaluate each variant that is not yet in ``evaluation.json``, then time all together. Ranks share the work."""
+    results = parallel.shared(run.evaluation)
     judge = Judge.of(recipe.eval, images, device)
     targets = {name: target_of(run, name, device) for name in run.variants()}
     batches = (latency.BATCH,)
@@ -142,9 +142,9 @@ def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device
         if name not in results:
             figures = counts(target)
             found = bundled.quality(recipe) if name == "dense" else None
-            if found is not None:
+            if found is not None and parallel.is_writer():
                 write_atomic(run.sheet(name), bundled.sheet(recipe.eval).read_bytes())
-            else:
+            if found is None:
                 for i, found in enumerate(judge.quality(target)):
                     yield Step("evaluate", done + i + 1, total)
             found = found | sparsity(target.model.unet, target.patterns)
@@ -152,6 +152,9 @@ def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device
             run.write_evaluation(results)
         done += each[name]
         yield Step("evaluate", done, total)
+    if not parallel.is_writer():  # a machine is timed while its other ranks wait
+        yield from (Step("evaluate", done + i + 1, total) for i in range(total - done))
+        return
     for rows in latency.benchmark({n: t.model.unet for n, t in targets.items()}, batches=batches):
         done += 1
         yield Step("evaluate", done, total)

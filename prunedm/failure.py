@@ -7,6 +7,7 @@ from typing import Any
 
 from .recipe import Recipe, flatten
 from .stage_recipes import CALIBRATED
+from .untrusted import one_line
 
 SMALLER_STEP = 3  # a rate that diverged is divided by this
 
@@ -34,13 +35,13 @@ def disk_full(error: BaseException | None) -> bool:
 
 def plain_words(error: BaseException, field: str | None = None) -> str:
     """A failure in one line; ``field``: what to halve when memory ran out, None where no field would help."""
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     if out_of_memory(error):
         what = f"halve {field}" if field else "free some memory, or use a device with more, and resume"
         return f"out of memory; {what} ({text[:120] or 'Python could not get any'})"
     if disk_full(error):
         return "the disk is full; free some space and resume"
-    known = isinstance(error, ValueError | ArithmeticError)
+    known = isinstance(error, ValueError | ArithmeticError | ConnectionError)
     return text if known and text else f"{error.__class__.__name__}: {text or 'no message'}"
 
 

@@ -7,7 +7,7 @@ under others get a row of their own and are not read as comparable. Absent figur
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import comparison
@@ -72,28 +72,53 @@ def names_of(one: Judged) -> dict[str, str]:
     return {"fid": given} | {key: f"{word} ({given})" for key, word in plain.items()}
 
 
+def sampled(one: Judged) -> str:
+    """Sampler, steps, eta where it is not 0, and seed, in words; empty where none is recorded."""
+    given = one.get("sampling") or {}
+    parts = [given.get("sampler"), f"{given['steps']} steps" if given.get("steps") else None]
+    parts += [f"eta {given['eta']}" if given.get("eta") else None, _seed(one)]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _seed(one: Judged) -> str:
+    seed = one.get("sampling.seed")
+    return "" if seed is None else f"seed {seed}"
+
+
+def _name(word: str, *notes: str) -> str:
+    """A figure's name with what it holds for; notes that are empty are left out."""
+    kept = "; ".join(note for note in notes if note)
+    return f"{word} ({kept})" if kept else word
+
+
 def _kernel(key: str, note: str = "") -> Callable[[Judged], str]:
     def name(one: Judged) -> str:
         count = one.get("fid_images") if key == "isc" else one.get("kernel_images")
-        return f"{names_of(one)[key]} ({count or '?'} images{note})"
+        return _name(names_of(one)[key], f"{count or '?'} images", sampled(one), note)
 
     return name
 
 
 def _distance(one: Judged) -> str:
-    note = "; ± deviation over the images" if one.get("fid_std") is not None else ""
-    return f"{names_of(one)['fid']} ({one.get('fid_images') or '?'} images{note})"
+    note = "± deviation over the images" if one.get("fid_std") is not None else ""
+    return _name(names_of(one)["fid"], f"{one.get('fid_images') or '?'} images", sampled(one), note)
 
 
 def _loss(one: Judged) -> str:
-    count, low = one.get("validation_images"), one.get("validation_loss_low")
-    parts = [f"{count} held-out images" if count else "", "95 % interval" if low is not None else ""]
-    note = "; ".join(part for part in parts if part)
-    return f"Validation loss ({note})" if note else "Validation loss"
+    note = "95 % interval" if one.get("validation_loss_low") is not None else ""
+    return _name("Validation loss", _validated(one), note)
+
+
+def _validated(one: Judged) -> str:
+    """What a validation loss holds for; its task is named where it is not the usual one."""
+    count, task = one.get("validation_images"), one.get("prediction_type")
+    parts = [f"{count} held-out images" if count else "", _seed(one) if count else ""]
+    parts.append(f"predicts {task}" if task not in (None, "epsilon") else "")
+    return ", ".join(part for part in parts if part)
 
 
 def _pairs(word: str, note: str = "") -> Callable[[Judged], str]:
-    return lambda one: f"{word} ({one.get('pairs') or '?'} pairs of the same seed{note})"
+    return lambda one: _name(word, f"{one.get('pairs') or '?'} pairs of the same seed", sampled(one), note)
 
 
 def _latency(one: Judged) -> str:
@@ -134,11 +159,11 @@ ROWS = (
         core="Validation loss",
     ),
     Row("fid", _distance, "{:.3f}", deviation="fid_std", core="Frechet distance"),
-    Row("kid", _kernel("kid", "; 95 % interval"), "{:.5f}", "difference", ("kid_low", "kid_high")),
+    Row("kid", _kernel("kid", "95 % interval"), "{:.5f}", "difference", ("kid_low", "kid_high")),
     Row("precision", _kernel("precision"), "{:.3f}", "difference"),
     Row("recall", _kernel("recall"), "{:.3f}", "difference"),
     Row("isc", _kernel("isc"), "{:.3f}", "difference", deviation="isc_std"),
-    Row("ssim", _pairs("SSIM to dense", "; 95 % interval"), "{:.4f}", "", ("ssim_low", "ssim_high")),
+    Row("ssim", _pairs("SSIM to dense", "95 % interval"), "{:.4f}", "", ("ssim_low", "ssim_high")),
     Row("psnr", _pairs("PSNR to dense, dB"), "{:.2f}", ""),
     Row("feature_distance", _pairs("Feature distance to dense"), "{:.3f}", ""),
     Row(
@@ -162,10 +187,23 @@ def rows(judged: Sequence[Judged]) -> list[tuple[str, list[str]]]:
     """The table of figures: a row's name with its conditions, then a cell for each model."""
     found = []
     for row in ROWS:
-        names = [None if _value(one, row.key) is None else row.label(one) for one in judged]
+        names = _told_apart(row, judged, [None if _value(one, row.key) is None else row.label(one) for one in judged])
         for name in [n for n in dict.fromkeys(names) if n is not None] or ([row.core] if row.core else []):
             found.append((name, [_cell(one, row) if own == name else ABSENT for one, own in zip(judged, names)]))
     return found
+
+
+def _told_apart(row: Row, judged: Sequence[Judged], names: list[str | None]) -> list[str | None]:
+    """Names that also say the real images where models judged by different ones would share a row."""
+    if ALIKE.get(row.key) not in (comparison.QUALITIES[0].conditions, comparison.QUALITIES[1].conditions):
+        return names
+    by: dict[str | None, set[Any]] = {}
+    for name, one in zip(names, judged):
+        by.setdefault(name, set()).add(one.get("sampling.data"))
+    return [
+        f"{name}, real images: {one.get('sampling.data')}" if name is not None and len(by[name]) > 1 else name
+        for name, one in zip(names, judged)
+    ]
 
 
 def _value(one: Judged, key: str) -> Any:
@@ -216,6 +254,31 @@ CONDITIONS: tuple[tuple[str, Callable[[Judged], Any]], ...] = (
 )
 
 
+def held(one: Judged) -> str:
+    """What a model's quality and latency hold for, in one sentence without its full stop."""
+    parts = []
+    if one.get("fid") is not None:
+        images, real = f"{one.get('fid_images')} images", one.get("sampling.data")
+        how = ", ".join(part for part in (images, sampled(one), f"real images {real}" if real else "") if part)
+        parts.append(f"{names_of(one)['fid']}, {names_of(one)['kid']}: {how}")
+    if one.get("validation_loss") is not None:
+        parts.append(f"validation loss: {_validated(one) or 'images not recorded'}")
+    if one.get("latency_ms") is not None:
+        parts.append(f"time of a UNet call: {where(one)}")
+    return "; ".join(parts) or "nothing was judged"
+
+
+def holds_for(plot: comparison.Plot) -> str:
+    """The conditions of a Pareto plot, in words."""
+    one = plot.judged[0]
+    if plot.quality.key == "fid":
+        parts = [f"{one.get('fid_images')} images", sampled(one)]
+    else:
+        parts = [f"{one.get('validation_images')} held-out images" if one.get("validation_images") else ""]
+    parts += [where(one)] if plot.cost.key == "latency_ms" else []
+    return ", ".join(str(part) for part in parts if part)
+
+
 def label_of(one: Judged) -> str:
     return one.label
 
@@ -231,19 +294,37 @@ def condition_rows(judged: Sequence[Judged]) -> list[tuple[str, list[str]]]:
     return [(name, [_shown(value) for value in values]) for name, values in kept]
 
 
-def floor_rows(judged: Sequence[Judged], name: Callable[[Judged], str] = label_of) -> list[list[str]]:
-    """The noise floors: dense model, which two sets, distance, kernel distance, precision, recall, images of a set."""
-    found = []
-    for one in judged:
-        for kind, words in FLOORS.items():
-            floor = one.get(f"noise_floor.{kind}")
-            if floor:
-                form = [_form(floor, "fid", "{:.3f}"), _form(floor, "kid", "{:.5f}")]
-                if floor.get("kid_low") is not None and floor.get("kid_high") is not None:
-                    form[1] += f" [{floor['kid_low']:.5f} to {floor['kid_high']:.5f}]"
-                form += [_form(floor, key, "{:.3f}") for key in ("precision", "recall")]
-                found.append([name(one), words, *form, _form(floor, "images", "{:,.0f}")])
-    return found
+def floor_table(
+    judged: Sequence[Judged], name: Callable[[Judged], str] = label_of
+) -> tuple[list[str], list[list[str]]] | None:
+    """The noise floors as heads and rows: a row for each dense model and each two sets; None where there are none.
+
+    The distances carry their extractor's name: in the heads where all share it, else in the cells.
+    """
+    own = [one for one in judged if any(one.get(f"noise_floor.{kind}") for kind in FLOORS)]
+    if not own:
+        return None
+    alike = all(names_of(one) == names_of(own[0]) for one in own)
+    words = {"fid": "Frechet distance", "kid": "kernel distance", "precision": "precision", "recall": "recall"}
+    names = names_of(own[0]) if alike else words
+    head = ["dense model", "between", *(names[key] for key in words), "images of a set", "samples by"]
+    return head, [row for one in own for row in _floor_rows(one, name(one), names_told=not alike)]
+
+
+def _floor_rows(one: Judged, name: str, names_told: bool) -> Iterator[list[str]]:
+    """A row for two sets of its samples and one for two sets of real images."""
+    told = {key: f"{word} " for key, word in names_of(one).items()} if names_told else dict.fromkeys(("fid", "kid"), "")
+    for kind, words in FLOORS.items():
+        floor = one.get(f"noise_floor.{kind}")
+        if not floor:
+            continue
+        kernel = _form(floor, "kid", told["kid"] + "{:.5f}")
+        if floor.get("kid_low") is not None and floor.get("kid_high") is not None:
+            kernel += f" [{floor['kid_low']:.5f} to {floor['kid_high']:.5f}]"
+        cells = [_form(floor, "fid", told["fid"] + "{:.3f}"), kernel]
+        cells += [_form(floor, key, "{:.3f}") for key in ("precision", "recall")]
+        cells += [_form(floor, "images", "{:,.0f}"), sampled(one) if kind == "samples" else "not sampled"]
+        yield [name, words, *cells]
 
 
 def efficiency_rows(judged: Sequence[Judged]) -> list[list[str]]:

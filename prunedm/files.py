@@ -10,9 +10,16 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+
+from . import untrusted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_JSON = 64 * untrusted.MIB
 
 
 class StoreError(ValueError):
@@ -60,9 +67,33 @@ def write_npz(path: Path, **arrays: Any) -> None:
 def read_json(path: Path) -> Any:
     """JSON, or StoreError with the file's name."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return untrusted.read_json(path, LARGEST_JSON)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be read ({error}); restore or delete the run") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Tensors and a JSON record in one safetensors file, atomically."""
+    from safetensors.torch import save
+
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    write_atomic(path, save(plain, metadata={"record": json.dumps(record)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What :func:`write_tensors` wrote; None when there is no such file, StoreError when it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        untrusted.require_header(path)
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["record"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        said = f"{path} cannot be read ({error}); delete the file and resume: its stage is done again"
+        raise StoreError(said) from error
 
 
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:

@@ -17,7 +17,8 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from .imports import LARGEST_TEXT, MIB, NAME, ModelImportError, forget_exports, in_one_line, require_model
+from .imports import NAME, ModelImportError, forget_exports, require_model
+from .untrusted import LARGEST_TEXT, MIB, one_line
 
 LARGEST_ZIP, LARGEST_UNPACKED = 200 * MIB, 1024 * MIB
 LARGEST_DIRECTORY = 256 * 1024  # of a zip: what lists its files
@@ -45,7 +46,7 @@ def from_zip(file: Path | IO[bytes], into: Path) -> Path:
             wanted = _checked(archive, _size(file))
             return _moved(archive, wanted, into)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error) as error:
-        raise ModelImportError(f"the zip is torn or altered ({in_one_line(error)}); make it again") from error
+        raise ModelImportError(f"the zip is torn or altered ({one_line(error)}); make it again") from error
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -158,7 +159,7 @@ def _moved(archive: zipfile.ZipFile, wanted: dict[str, zipfile.ZipInfo], into: P
             raise ModelImportError(f"the model needs {needed / MIB:,.0f} MiB and {free / MIB:,.0f} are free; free some")
         part = Path(tempfile.mkdtemp(prefix=".part-", dir=into.parent))
     except OSError as error:
-        raise ModelImportError(f"{into.parent} cannot be written ({in_one_line(error)}); free its disk") from error
+        raise ModelImportError(f"{into.parent} cannot be written ({one_line(error)}); free its disk") from error
     try:
         for name, info in wanted.items():
             _unpack(archive, info, part / "model" / name)
@@ -167,7 +168,7 @@ def _moved(archive: zipfile.ZipFile, wanted: dict[str, zipfile.ZipInfo], into: P
         forget_exports(into.parent.parent, into.name)
         (part / "model").rename(into)
     except OSError as error:
-        raise ModelImportError(f"the model cannot be unpacked ({in_one_line(error)}); free the disk") from error
+        raise ModelImportError(f"the model cannot be unpacked ({one_line(error)}); free the disk") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return into

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import giveway, pattern
+from . import giveway, parallel, pattern
 from .masked_unet import Bank, MaskedUNet
 from .seeds import generator
 from .training import Task
@@ -52,7 +52,7 @@ def _magnitude(masked: MaskedUNet, task: Task, batches: int) -> list[Tensor]:
 @torch.no_grad()
 def _wanda(masked: MaskedUNet, task: Task, batches: int) -> list[Tensor]:
     squares: dict[str, Tensor] = {}
-    hooks = []
+    share, hooks = 1.0, []
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -60,6 +60,7 @@ def _wanda(masked: MaskedUNet, task: Task, batches: int) -> list[Tensor]:
             # channels are dimension 1 of an image and the last of a sequence
             others = [d for d in range(x.dim()) if d != (1 if isinstance(module, nn.Conv2d) else x.dim() - 1)]
             found = x.square().mean(others)
+            found = found if share == 1.0 else found * share
             squares[name] = squares[name] + found if name in squares else found
 
         return hook
@@ -70,10 +71,13 @@ def _wanda(masked: MaskedUNet, task: Task, batches: int) -> list[Tensor]:
             hooks.append(module.register_forward_pre_hook(watch(layer.name)))
     try:
         for step in giveway.between(range(batches)):
-            task.losses(masked.unet, task.batch("calibration", step))
+            batch = task.batch("calibration", step)
+            share = batch.share
+            task.losses(masked.unet, batch)
     finally:
         for hook in hooks:
             hook.remove()
+    parallel.sum_(squares.values())
     return [bank.weights.detach().abs() * _spread(bank, squares).sqrt() for bank in masked.banks]
 
 
@@ -92,7 +96,8 @@ def _fisher(masked: MaskedUNet, task: Task, batches: int) -> list[Tensor]:
     squares = [torch.zeros_like(bank.weights) for bank in masked.banks]
     for step in giveway.between(range(batches)):
         masked.zero_grad()
-        task.losses(masked.unet, task.batch("calibration", step)).mean().backward()
+        task.backward(masked.unet, task.batch("calibration", step))
+        parallel.sum_(masked.gradients())
         for total, bank in zip(squares, masked.banks):
             total += bank.grad.square()
     masked.require_gradients(False, False)

@@ -6,7 +6,6 @@ touched: what is exported of an imported model lies in ``runs/models/.exports/<n
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,21 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from . import store
+from .model_check import ModelError, check_config, shapes
 from .records import ACTIVE
+from .untrusted import one_line, read_json
 
 MODELS, PATHS, EXPORTS = "models", "paths.json", ".exports"  # the last is no NAME, so no model can be called so
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
-MIB = 2**20
-LARGEST_TEXT = 4 * MIB
-LARGEST_HEADER = 16 * MIB  # of a safetensors file
 MOST_LISTED = 200  # folders by path
-# What diffusers raises on configs that make no sense, beside what unet.load puts into words.
-UNBUILDABLE = (ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError, MemoryError)
-CONFIG_LIMITS = {"layers_per_block": 32, "sample_size": 2048, "in_channels": 1024, "num_train_timesteps": 1_000_000}
-WIDEST, MOST_BLOCKS = 16_384, 16
 
 
-class ModelImportError(ValueError):
+class ModelImportError(ModelError):
     """A model that cannot be taken in, in one line: the value, the rule, the remedy."""
 
 
@@ -92,11 +86,11 @@ def _paths(runs_dir: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         if not isinstance(found, dict) or not all(NAME.fullmatch(k) and isinstance(v, str) for k, v in found.items()):
             raise ValueError("it is no table of names and paths")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelImportError(f"{path} cannot be read ({in_one_line(error)}); mend or delete it") from error
+    except (OSError, ValueError) as error:
+        raise ModelImportError(f"{path} cannot be read ({one_line(error)}); mend or delete it") from error
     return found
 
 
@@ -195,8 +189,8 @@ def look(folder: Path) -> Overview:
     unet.require_pixels(folder)
     shape = _image_shape(unet.read_config(home))
     files = unet.complete_files(home)
-    headers = {path: read_header(path) for path in {*files, *folder.glob("*.safetensors")}}
-    parameters = sum(math.prod(entry["shape"]) for file in files for entry in headers[file].values())
+    headers = {path: shapes(path) for path in {*files, *folder.glob("*.safetensors")}}
+    parameters = sum(math.prod(shape) for file in files for shape in headers[file].values())
     return Overview(shape, parameters, unet.weight_bytes(folder))
 
 
@@ -221,63 +215,3 @@ def require_model(folder: Path) -> None:
     except unet.ModelError as error:
         text = str(error).replace(str(folder), "of the zip" if folder.parent.name.startswith(".part-") else str(folder))
         raise ModelImportError(text) from error
-    except UNBUILDABLE as error:
-        raise ModelImportError(
-            f"config.json builds no UNet2DModel ({type(error).__name__}: {in_one_line(error)})"
-        ) from error
-
-
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name to its entry in a safetensors header of a bounded size that the file can hold."""
-    if not path.is_file():  # a pipe would never end
-        raise ModelImportError(f"{path} is no file; save the model again")
-    with path.open("rb") as file:
-        size, start = path.stat().st_size, file.read(9)
-        length = int.from_bytes(start[:8], "little")
-        if len(start) < 9 or start[8:] != b"{" or length + 8 > size:
-            raise ModelImportError(f"{path.name} is no safetensors file, or torn; save the model again")
-        if length > LARGEST_HEADER:
-            raise ModelImportError(
-                f"{path.name} has a header of {length / MIB:,.0f} MiB; {LARGEST_HEADER // MIB} are allowed"
-            )
-        content = start[8:] + file.read(length - 1)
-    try:
-        found = {name: entry for name, entry in json.loads(content).items() if name != "__metadata__"}
-        if not all(_is_shape(entry["shape"]) for entry in found.values()):
-            raise ValueError("a tensor of no shape")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelImportError(
-            f"{path.name} has no header that can be read ({in_one_line(error)}); save the model again"
-        ) from error
-    return found
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-
-
-def check_config(path: Path) -> None:
-    """Numbers of a config within reason, so that building the model cannot eat the machine."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size <= LARGEST_TEXT else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelImportError(f"{path.name} is no JSON ({in_one_line(error)}); save the model again") from error
-    if not isinstance(found, dict):
-        raise ModelImportError(f"{path.name} holds no table of a sane size; save the model again")
-    for key, most in CONFIG_LIMITS.items():
-        for value in _numbers(found.get(key)):
-            if not 1 <= value <= most:
-                raise ModelImportError(f"{path.name}: {key}={value!r} must be 1 to {most:,}; mend the config")
-    widths = _numbers(found.get("block_out_channels"))
-    if len(widths) > MOST_BLOCKS or any(not 1 <= width <= WIDEST for width in widths):
-        raise ModelImportError(f"{path.name}: block_out_channels must be at most {MOST_BLOCKS} widths up to {WIDEST:,}")
-
-
-def _numbers(value: Any) -> list[float]:
-    found = value if isinstance(value, list) else [value]
-    return [number for number in found if isinstance(number, int | float)]
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an error says, on one line of a bounded length."""
-    return " ".join(str(error).split())[:160]

@@ -1,6 +1,8 @@
-"""Background jobs: a queue, one run at a time by default, on threads that outlive pages and tabs.
+"""Who executes runs: this thread, this process's queue, or whatever else takes a run folder (cluster.py).
 
-The queue lives in memory and the runs in their folders: when a server dies, its runs show as
+The queue works on one run at a time by default, on threads that outlive pages and tabs.
+
+It lives in memory and the runs in their folders: when a server dies, its runs show as
 *interrupted* (their recorded owner is gone) and can be resumed by any server or by the command line.
 """
 
@@ -8,15 +10,24 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import queue
 import sys
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from . import owner, store
+from .logs import LOGGER
 from .recipe import Recipe
+from .records import ACTIVE, Step
 from .store import Run
+
+Stop = Callable[[], bool]
+OnStep = Callable[[Step], None]
 
 SWITCH_INTERVAL = 0.0005  # seconds
 RETRY = 10.0  # seconds between tries to write an ending that a full disk refused
@@ -40,8 +51,53 @@ def load_engine() -> None:
             gc.freeze()
 
 
+def require_inputs(recipe: Recipe, runs_dir: Path, is_here: bool = True) -> None:
+    """ValueError in one line when a recipe asks for what is not there.
+
+    is_here: whether this machine is to work on it, so that its devices count.
+    """
+    from . import inputs
+
+    inputs.load_inputs(recipe if is_here else recipe.model_copy(update={"device": "auto"}), runs_dir)
+
+
+def made(recipe: Recipe, runs_dir: Path) -> Run:
+    """A new run of a recipe whose inputs are there, claimed as *queued* by this process."""
+    from . import inputs
+
+    return store.create(runs_dir, inputs.absolute(recipe, runs_dir))
+
+
+class Executor(Protocol):
+    """Takes runs and works on them elsewhere; all that happens to one is read in its folder."""
+
+    def submit(self, recipe: Recipe) -> Run:
+        """Queue a new run. ValueError in one line when the recipe cannot run."""
+        ...
+
+    def resume(self, run: Run) -> None:
+        """Queue a stopped, failed or interrupted run again."""
+        ...
+
+    def put(self, run: Run) -> None:
+        """Queue a run that is claimed as *queued* by this process."""
+        ...
+
+    def stop(self, run: Run) -> None:
+        """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
+        ...
+
+    def position(self, run_id: str) -> int | None:
+        """Place in the queue, 1 for the next; None when not waiting here."""
+        ...
+
+    def held(self) -> list[str]:
+        """Ids of the runs that wait here or are worked on."""
+        ...
+
+
 class Jobs:
-    """The jobs of one process and one runs folder."""
+    """The jobs of one process and one runs folder: an Executor on threads of its own."""
 
     def __init__(self, runs_dir: Path, workers: int = 1) -> None:
         store.check_writable(runs_dir)
@@ -52,6 +108,7 @@ class Jobs:
         self.runs_dir = runs_dir
         self._queue: queue.Queue[Run] = queue.Queue()
         self._waiting: list[str] = []
+        self._working: set[str] = set()
         self._lock = threading.Lock()
         for number in range(workers):
             threading.Thread(target=self._work, name=f"prunedm-job-{number}", daemon=True).start()
@@ -65,17 +122,15 @@ class Jobs:
     def submit(self, recipe: Recipe) -> Run:
         """Queue a new run. ValueError in one line when the recipe cannot run here."""
         load_engine()
-        from . import inputs
-
-        inputs.load_inputs(recipe, self.runs_dir)
-        run = store.create(self.runs_dir, inputs.absolute(recipe, self.runs_dir))
-        self._put(run)
+        require_inputs(recipe, self.runs_dir)
+        run = made(recipe, self.runs_dir)
+        self.put(run)
         return run
 
     def resume(self, run: Run) -> None:
         """Queue a stopped, failed or interrupted run again."""
         run.take()
-        self._put(run)
+        self.put(run)
 
     def stop(self, run: Run) -> None:
         """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
@@ -91,7 +146,13 @@ class Jobs:
         with self._lock:
             return self._waiting.index(run_id) + 1 if run_id in self._waiting else None
 
-    def _put(self, run: Run) -> None:
+    def held(self) -> list[str]:
+        """Ids of the runs that wait here or are worked on."""
+        with self._lock:
+            return [*self._waiting, *self._working]
+
+    def put(self, run: Run) -> None:
+        """Queue a run that is claimed as *queued* by this process."""
         with self._lock:
             self._waiting.append(run.id)
         self._queue.put(run)
@@ -103,6 +164,8 @@ class Jobs:
                 run = self._queue.get(timeout=wait)
                 if self._begins(run):
                     self._execute(run)
+                    with self._lock:
+                        self._working.discard(run.id)
             wait = None if store.write_endings() else RETRY
 
     def _begins(self, run: Run) -> bool:
@@ -111,6 +174,7 @@ class Jobs:
             waits = run.id in self._waiting
             if waits:
                 self._waiting.remove(run.id)
+                self._working.add(run.id)
         return waits
 
     def _execute(self, run: Run) -> None:
@@ -118,12 +182,71 @@ class Jobs:
         from . import failure, pipeline
 
         try:
-            pipeline.execute(run)
-        except store.Busy:
-            pass  # it is another process's to end
+            status = pipeline.execute(run)
+            LOGGER.info("run %s: %s", run.id, status)
+        except store.Busy as busy:
+            LOGGER.info("run %s: left alone: %s", run.id, busy)  # it is another process's to end
         except (Exception, SystemExit) as error:  # noqa: BLE001  (the queue goes on whatever one run does)
             # Not the pipeline's failures, which it records: the folder is gone, damaged or full.
+            LOGGER.exception("run %s could not be worked on", run.id)
             with suppress(OSError, store.StoreError):
                 run.end(run.state(), "failed", failure.plain_words(error))
         gc.collect()  # what a failed run held goes back before the next one begins
         pipeline.free_device_memory()
+
+
+class Execute(Protocol):
+    """Runs or resumes a run and returns its final status, as ``pipeline.execute`` does."""
+
+    def __call__(self, run: Run, on_step: OnStep, stop: Stop) -> str: ...
+
+
+def here(run: Run, on_step: OnStep, stop: Stop) -> str:
+    """Execute in this thread."""
+    from . import pipeline
+
+    return pipeline.execute(run, on_step, stop)
+
+
+def through(executor: Executor, poll: float = 1.0) -> Execute:
+    """Execute by an executor, behind the runs that wait there. poll: seconds between two looks at the run."""
+
+    def execute(run: Run, on_step: OnStep, stop: Stop) -> str:
+        state = run.state()
+        if state.status == "queued" and owner.is_this_process(state):  # a new one
+            executor.put(run)
+        else:
+            executor.resume(run)
+        return follow(run, on_step, stop, executor, poll)
+
+    return execute
+
+
+def follow(run: Run, on_step: OnStep, stop: Stop, executor: Executor, poll: float) -> str:
+    """Wait for a run that an executor holds, and return its final status.
+
+    ``on_step`` gets its steps from the metrics file, those of before left out; the executor is told once when
+    ``stop`` says so.
+    """
+    path, asked = run.metrics_path, False
+    position = path.stat().st_size if path.exists() else 0
+    while True:
+        is_held = run.id in executor.held()
+        state = run.state()  # before the metrics, so that those of the last steps are not missed
+        size = path.stat().st_size if path.exists() else 0
+        position = min(position, size)  # a resumed run drops what lies beyond its checkpoint
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(position)
+            whole = file.read().rpartition(b"\n")
+            position += len(whole[0]) + len(whole[1])
+        for line in whole[0].splitlines() if size else ():
+            with suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                stage = record.pop("stage")
+                on_step(Step(stage, record.pop("step"), state.of if stage == state.stage else 0, record))
+        if state.status not in ACTIVE and not is_held:
+            return state.status
+        if stop() and not asked:
+            executor.stop(run)
+            asked = True
+        time.sleep(poll)

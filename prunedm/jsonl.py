@@ -19,6 +19,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return _parsed(path.read_bytes().rpartition(b"\n")[0]) if path.exists() else []
 
 
+def last_records(path: Path, most: int, size: int) -> list[dict[str, Any]]:
+    """At most so many of the last whole lines, from at most so many bytes of the file's end."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - size)
+        file.seek(start)
+        content = file.read(size)
+    if start:
+        content = content.partition(b"\n")[2]
+    return _parsed(content.rpartition(b"\n")[0])[-most:]
+
+
 def _parsed(lines: bytes) -> list[Any]:
     """JSON lines, without those that a crash tore in the middle of the file's life: the next line is whole."""
     split = lines.split(b"\n")

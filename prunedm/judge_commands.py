@@ -16,7 +16,9 @@ import typer
 from .terminal import AsJson, RunsDir
 
 if TYPE_CHECKING:
-    from .comparison import Judged
+    from rich.console import Console
+
+    from .comparison import Axis, Judged
     from .judging import Request
 
 
@@ -257,26 +259,33 @@ def _print_figures(judged: list[Judged]) -> None:
     for label, cells in report.figure_rows(results):
         table.add_row(label, *cells.values())
     console.print(table)
-    for line in dict.fromkeys(one.figures.get("few_images") for one in judged):
-        console.print(line or "", end="\n" if line else "")
+    _print_warnings(console, judged)
     for one in judged:
-        for line in (one.figures.get("quality_absent"), comparison.verdict(one)):
-            if line:
-                console.print(f"{one.label}: {line}")
+        line = comparison.verdict(one)
+        if line:
+            console.print(f"{one.label}: {line}")
+
+
+def _print_warnings(console: Console, judged: list[Judged]) -> None:
+    """Each once: too few images for the distances, or none to judge by."""
+    for line in dict.fromkeys(one.get("few_images") for one in judged):
+        console.print(f"Warning: {line}") if line else None
+    for one in judged:
+        line = one.get("quality_absent")
+        console.print(f"{one.label}: {line}") if line else None
 
 
 def _print_comparison(judged: list[Judged]) -> None:
-    """A row for each model: the figures that decide, and whether one is on a Pareto front."""
+    """A row for each model: the figures that decide, and whether one is on a Pareto front; what they hold for."""
     from rich.table import Table
 
-    from . import comparison
+    from . import comparison, figures
 
-    fronts: dict[int, list[str]] = {}
-    for plot in comparison.pareto(judged):
-        for one, is_on in zip(plot.judged, plot.on_front):
-            if is_on:
-                fronts.setdefault(id(one), []).append(f"{plot.quality.short} / {plot.cost.short}")
-    table = Table("model", "non-zero", "packed fp16", "smaller by", "loss", "FD", "KD", "ms a call", "on the front of")
+    fronts = comparison.fronts(judged)
+    names = [figures.names_of(one) for one in judged if one.get("fid") is not None]
+    called = names[0] if names and names.count(names[0]) == len(names) else {"fid": "distance", "kid": "kernel"}
+    head = ["model", "weights not zero", "packed fp16, bytes", "smaller by", "validation loss"]
+    table = Table(*head, called["fid"], called["kid"], "ms a call", "on the front of")
     for one in judged:
         ratio = comparison.efficiency(one)["compression"]
         cells = [
@@ -288,18 +297,43 @@ def _print_comparison(judged: list[Judged]) -> None:
             _shown(one.get("kid"), "{:.5f}"),
             _shown(one.get("latency_ms"), "{:.1f}"),
         ]
-        table.add_row(one.label, *cells, ", ".join(fronts.get(id(one), [])))
+        table.add_row(one.label, *cells, _fronts(fronts.get(id(one), []), called["fid"]))
     console = _console()
     console.print(table)
+    console.print("On a front: no other model here is as good at both quality and cost, and better at one.")
+    _print_conditions(console, judged)
+    _print_warnings(console, judged)
     if len({one.get("speed_session") for one in judged}) > 1:
         console.print("Latencies were taken at different times; --measure times all models in turn.")
+
+
+def _fronts(found: list[tuple[Axis, Axis, bool]], distance: str) -> str:
+    """The fronts that a model is on, in a line a quality: 'loss against MACs, bytes'."""
+    costs: dict[str, list[str]] = {}
+    for quality, cost, is_on in found:
+        if is_on:
+            costs.setdefault(distance if quality.key == "fid" else quality.short, []).append(cost.short)
+    return "\n".join(f"{quality} against {', '.join(names)}" for quality, names in costs.items())
+
+
+def _print_conditions(console: Console, judged: list[Judged]) -> None:
+    """What the figures hold for, a line for all that share it; figures of two lines do not compare."""
+    from . import figures
+
+    found: dict[str, list[str]] = {}
+    for one in judged:
+        found.setdefault(figures.held(one), []).append(one.label)
+    for text, labels in found.items():
+        console.print(f"{', '.join(labels)}: {text}." if len(found) > 1 else f"{text[0].upper()}{text[1:]}.")
+    if len(found) > 1:
+        console.print("Figures of models that stand on different lines here hold for different conditions.")
 
 
 def _shown(value: Any, form: str) -> str:
     return "n/a" if value is None else form.format(value)
 
 
-def _console():
+def _console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)

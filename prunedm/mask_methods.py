@@ -7,13 +7,14 @@ same number of operations for any number of layers.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-from . import masks, pattern
+from . import masks, parallel, pattern
 from .diffusion import NoisedBatch
 from .masked_unet import Bank, MaskedUNet
 from .stage_recipes import Mask
@@ -98,9 +99,9 @@ class FixedMasks:
             self.masked.zero_grad()
         wear()
         with torch.set_grad_enabled(backward):
-            value = task.losses(self.masked.unet, batch).mean()
-        if backward:
-            value.backward()
+            losses = (task.backward if backward else task.losses)(self.masked.unet, batch)
+        value = batch.mean(losses)
+        parallel.sum_(itertools.chain([value], self.masked.gradients() if backward else ()))
         return value.item()
 
     def choice(self) -> list[Tensor]:

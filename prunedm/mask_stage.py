@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import allocate, data, diffusion, importance, maskfile, snapshots
+from . import allocate, data, diffusion, importance, maskfile, parallel, snapshots
 from .diagnostics import Watcher
 from .learn import METHODS
 from .mask_methods import FixedMasks
@@ -101,7 +101,7 @@ class MaskStage:
         kind = initial_kind(self.recipe)
         for measured, of, choices in allocate.sensitivity(base, kind, given, task, batches):
             yield Step("mask", measured, of)
-        record = allocate.choose(choices, spec.density)
+        record = parallel.shared(lambda: allocate.choose(choices, spec.density))
         self.run.write_allocation(record | {"images": min(SENSITIVITY_IMAGES, len(held_out)), "importance": kind})
         self.run.log(
             f"patterns chosen for a density of {spec.density}: {record['kept']:.4f} kept, "
@@ -130,7 +130,9 @@ class MaskStage:
         return self.watcher
 
     def follow(self, step: Step) -> list[dict[str, Any]]:
-        """Figures into the step's record, a snapshot when one is due; returns new alerts."""
+        """Figures into the step's record, a snapshot when one is due; returns new alerts. Rank 0's part."""
+        if not parallel.is_writer():
+            return []
         last = step.step == step.of
         alerts: list[dict[str, Any]] = []
         if step.step % WATCHED_EVERY == 0 or last:
@@ -143,7 +145,9 @@ class MaskStage:
         return alerts
 
     def snapshot(self, step: int) -> None:
-        """The masks of the moment, packed, and the figures of each layer."""
+        """The masks of the moment, packed, and the figures of each layer. Rank 0's part."""
+        if not parallel.is_writer():
+            return
         figures = self._watch().layers()
         chosen = [mask.cpu().numpy() for mask in self.learner.choice()]
         snapshots.write(self.run.snapshot_path("mask", step), chosen)
@@ -173,8 +177,9 @@ def write_masks(run: Run, masked: MaskedUNet, recipe: Recipe) -> None:
     """The masks file of the finished N:M variant."""
     patterns = {report.layer: report.pattern for report in masked.reports if report.eligible}
     origin = {"run": run.id, "method": recipe.mask.method}
-    run.variant("nm").mkdir(parents=True, exist_ok=True)
-    maskfile.write(run.variant("nm") / MASKS, masked.layer_masks(), patterns, origin)
+    if parallel.is_writer():
+        run.variant("nm").mkdir(parents=True, exist_ok=True)
+        maskfile.write(run.variant("nm") / MASKS, masked.layer_masks(), patterns, origin)
 
 
 def pattern_label(masked: MaskedUNet) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -154,6 +154,13 @@ class MaskedUNet:
         """Empty the banks' gradients, and show them to an optimiser of the weights again."""
         for bank in self.banks:
             bank.weights.grad = bank.grad.zero_()
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Those that are there: of the masked weights, a tensor a bank, and of the UNet's other parameters."""
+        inside = {layer.name for bank in self.banks for layer in bank.layers}
+        yield from (bank.grad for bank in self.banks if bank.grad is not None)
+        others = (p.grad for name, p in self.unet.named_parameters() if name not in inside)
+        yield from (grad for grad in others if grad is not None)
 
     def trainable(self) -> list[Tensor]:
         """The tensors that an optimiser of the weights moves: the UNet's other parameters and the banks."""

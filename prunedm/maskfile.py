@@ -8,7 +8,7 @@ says for each layer its shape and pattern, and the SHA-256 of the first file. No
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .files import StoreError, require_known, write_atomic, write_json
 from .stage_recipes import parse_pattern
 from .store import MASKS
 from .unet import WEIGHTS
+from .untrusted import LARGEST_HEADER, one_line, read_json, require_header
 
 SCHEMA = 1
 
@@ -55,7 +56,7 @@ def manifest_path(path: Path) -> Path:
 def manifest(path: Path) -> dict[str, Any]:
     """The JSON beside a masks file; MaskFileError when it is missing or not what :func:`write` makes."""
     try:
-        found = json.loads(manifest_path(path).read_text(encoding="utf-8"))
+        found = read_json(manifest_path(path), LARGEST_HEADER)
         require_known(manifest_path(path), found["schema"], SCHEMA)
         good = isinstance(found["sha256"], str)
         good = good and all(
@@ -86,6 +87,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
     wanted = manifest(path)
     try:
+        require_header(path)
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != wanted["sha256"]:
             raise MaskFileError(f"{path} is not the file that {manifest_path(path).name} describes; extract it again")
@@ -93,13 +95,13 @@ def read(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError, ValueError) as error:
         if isinstance(error, MaskFileError):
             raise
-        raise MaskFileError(f"{path} cannot be read ({error}); extract the masks again") from error
+        raise MaskFileError(f"{path} cannot be read ({one_line(error)}); extract the masks again") from error
     return {name: _unpack(path, name, packed.get(name), layer) for name, layer in wanted["layers"].items()}
 
 
 def _unpack(path: Path, name: str, bits: np.ndarray | None, layer: dict[str, Any]) -> Tensor:
     shape, found = layer["shape"], parse_pattern(layer["pattern"])
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if bits is None or bits.dtype != np.uint8 or bits.size != -(-count // 8) or shape[1] % found.m:
         raise MaskFileError(f"{path}: {name} does not hold {count} bits in groups of {found.m}; extract it again")
     groups = torch.from_numpy(np.unpackbits(bits.ravel(), count=count)).bool().view(-1, found.m)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import cache, extractors, giveway
+from . import cache, extractors, giveway, parallel
 from .bundled import REFERENCE
 from .extractors import Extractor
 from .seeds import derive, generator
@@ -30,9 +30,13 @@ CACHE_VERSION = "2"
 
 
 def extract(images: Iterable[Tensor], device: str = "cpu", extractor: Extractor | None = None) -> Tensor:
-    """Features float32 ``[N, D]`` on the CPU of batches of uint8 images; the bundled extractor unless one is given."""
-    extractor = extractor or extractors.get("bundled", device)
-    return torch.cat([extractor.features(batch) for batch in giveway.between(images)])
+    """Features float32 ``[N, D]`` on the CPU of batches of uint8 images; the bundled extractor unless one is given.
+
+    Ranks deal the batches out, so all of them must call.
+    """
+    extractor, batches = extractor or extractors.get("bundled", device), list(images)
+    found = giveway.before_each(lambda i: extractor.features(batches[i]))
+    return torch.cat(list(parallel.dealt(len(batches), found)))
 
 
 # --- The Frechet distance
@@ -325,7 +329,11 @@ def _cached(
     """The cached arrays, or those computed now and cached."""
     folder, key = cache.folder("statistics"), cache_key(kind, images, extractor)
     found = cache.read_arrays(folder, key)
-    if found is None:
-        found = compute()
+    names = parallel.shared(lambda: sorted(found or {}))
+    if names:  # as rank 0 has them: a cache is a machine's own
+        told = (parallel.of_rank_0(lambda name=name: torch.from_numpy(found[name])) for name in names)
+        return {name: tensor.numpy() for name, tensor in zip(names, told)}
+    found = compute()
+    if parallel.is_writer():
         cache.write_arrays(folder, key, found)
     return found

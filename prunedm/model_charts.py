@@ -131,16 +131,20 @@ def pareto(
 
 
 def _place(points: list[tuple[float, float]], i: int) -> str:
-    """Where a point's name stands: towards the middle, and beneath where another point is close above."""
+    """Where a point's name stands: off the falling line of the front, or on the side away from a point close by.
+
+    The line goes up to the left and down to the right, so left points have room above and right points beneath.
+    """
     (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points))
     x, y = points[i]
+    is_left = x <= (left + right) / 2
 
-    def above(j: int) -> bool:
-        near = abs(points[j][0] - x) <= 0.3 * (right - left) and points[j][1] - y <= 0.12 * (high - low)
-        return near and (points[j][1], -j) > (y, -i)
+    def in_the_way(j: int) -> bool:
+        near = abs(points[j][0] - x) <= 0.3 * (right - left) and abs(points[j][1] - y) <= 0.12 * (high - low)
+        return near and ((points[j][1], -j) > (y, -i)) == is_left
 
-    side = "right" if x <= (left + right) / 2 else "left"
-    return f"{'bottom' if any(above(j) for j in range(len(points)) if j != i) else 'top'} {side}"
+    is_above = is_left != any(in_the_way(j) for j in range(len(points)) if j != i)
+    return f"{'top' if is_above else 'bottom'} {'right' if is_left else 'left'}"
 
 
 def run_curves(runs: list[tuple[str, Steps, Look]], key: str, view: str, where: str = "all stages") -> Figure:

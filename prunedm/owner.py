@@ -101,6 +101,21 @@ def words(state: RunState | Holder) -> str:
     return f"{state.program or 'a process'} (pid {state.pid} on {state.host})"
 
 
+def beat(path: Path) -> None:
+    """Leave a sign of life in a file's time."""
+    path.touch()
+    now = time.time()
+    os.utime(path, (now, now))  # by the clock that state.json is written by, and not by a file server's
+
+
+def last_beat(path: Path) -> float:
+    """When :func:`beat` was called last, seconds since the epoch; 0 for never."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 class Beats:
     """Heartbeats of owners on other machines, as this process saw them change by its own clock that cannot be set."""
 
@@ -153,10 +168,10 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, FileLock(path, thread_local=False)
 
-    def acquire(self) -> str:
-        """Empty when it is held from here on; else who holds it, in words."""
+    def acquire(self, patience: float = 0.0) -> str:
+        """Empty when it is held from here on; else, after ``patience`` seconds, who holds it, in words."""
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=patience)
         except Timeout:
             holder = Holder.read(self.path)
             return f"{words(holder)[:-1]}, since {holder.since})" if holder else "another process"

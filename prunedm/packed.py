@@ -27,6 +27,7 @@ from torch import Tensor
 from . import pattern
 from .stage_recipes import Pattern, parse_pattern
 from .store import write_atomic
+from .untrusted import UntrustedError, one_line, require_header
 
 FORMAT, VERSION = "prunedm-packed", 1
 WORDS = (
@@ -209,10 +210,11 @@ def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_header(path)
         with safe_open(path, "pt") as file:
             yield file
-    except (SafetensorError, OSError, PackedError) as error:
-        why = " ".join(str(error)[:300].split())  # names in a hostile file may hold line feeds
+    except (SafetensorError, OSError, PackedError, UntrustedError) as error:
+        why = one_line(error, 300)  # names in a hostile file may hold line feeds
         raise PackedError(f"{path} is no sound packed file: {why}; export it again") from None
 
 

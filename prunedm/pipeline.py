@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import failure, giveway, system
+from . import failure, giveway, parallel, shared_run, system
 from .progress import MetricsWriter
 from .records import Step
 from .stages import Pipeline
@@ -30,18 +30,31 @@ def execute(
 
     ``stop`` is asked after each step and between the parts of long ones; so are the run's request files, through
     which other processes ask it to stop, to pause and to go on. store.Busy, with nothing changed, where another
-    process works on the run or has it in its queue.
+    process works on the run or has it in its queue. Where several ranks work on the run, all of them call this, and
+    rank 0 answers for all, after each step only.
     """
+    run = shared_run.of(run)
+    with run.lock():
+        return work(run, on_step, stop)
+
+
+def work(
+    run: Run,
+    on_step: Callable[[Step], None] = lambda step: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> str:
+    """:func:`execute`, for the one who holds the run's lock."""
     from . import training
 
-    with run.lock(), training.memory_kept(), system.sampled(run):
+    with training.memory_kept(), system.sampled(run):
         state = run.state()
         run.require_free(state)
         run.claim(state, "running")
         session = Session(run, MetricsWriter(run, state), stop)
         status, error, remedy = "done", None, {}
         try:
-            with giveway.listening(session.give_way):
+            # Ranks have different parts to do, so that they can decide together between steps only.
+            with giveway.listening(session.give_way if parallel.size() == 1 else None):
                 for step in session.steps():
                     on_step(step)
         except Stopped:
@@ -86,7 +99,11 @@ class Session:
         """The pipeline's steps."""
         state = self.writer.state
         state.started, state.ended = self.started, None
-        self.run.event("started", stages_done=list(state.stages_done))
+        ranks = {"ranks": parallel.size()} if parallel.size() > 1 else {}
+        self.run.event("started", stages_done=list(state.stages_done), **ranks)
+        for line in (f"{parallel.size()} ranks work on this run" if ranks else "", parallel.lonely()):
+            if line:
+                self.run.log(line)
         self.run.log(f"started (stages done: {', '.join(state.stages_done) or 'none'})")
         self.give_way()
         self.work = Pipeline(self.run, self.run.recipe(), self.writer)
@@ -105,13 +122,16 @@ class Session:
         if self._is_told_to_stop():
             self._save_checkpoint()
             raise Stopped
-        if self.run.pause_requested():
+        if self._is_told_to_pause():
             self._hold()
         elif time.monotonic() - self.writer.written > HEARTBEAT:
             self.writer.flush()
 
     def _is_told_to_stop(self) -> bool:
-        return self.stop() or self.run.stop_requested()
+        return bool(parallel.decide(self.stop() or self.run.stop_requested()))
+
+    def _is_told_to_pause(self) -> bool:
+        return bool(parallel.decide(self.run.pause_requested()))
 
     def _save_checkpoint(self) -> None:
         if self.work is not None:
@@ -131,7 +151,7 @@ class Session:
         self.run.event("paused")
         self.run.log("paused")
         self.writer.flush()
-        while self.run.pause_requested():
+        while self._is_told_to_pause():
             if self._is_told_to_stop():
                 raise Stopped
             time.sleep(LOOK_EVERY)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from . import allocate, bundled, forecast, masked_unet, outline, samples, training, upkeep
+from . import allocate, bundled, diffusion, forecast, masked_unet, outline, samples, training, upkeep
 from .importance import CALIBRATION_BATCHES
 from .inputs import overrides
 from .mask_stage import BASELINE_BATCH, BASELINE_IMAGES, SENSITIVITY_IMAGES, initial_kind
-from .outline import Outline
+from .outline import Outline, Trace
 from .plan_model import (
     FP32,
     Line,
@@ -40,12 +40,12 @@ from .stage_recipes import CALIBRATED, FIXED_METHODS, INITIALS, Mask
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHOWN_METHODS = ("gumbel", "reinforce")  # whose communication grows, and whose does not
 M0_BYTES = 10.0  # a prunable weight: dense weight, mask and m0, and the scores that choose it
-NOT_COUNTED = (
+NOT_COUNTED = [
     "reading data, previews, checkpoints and the cut of stage 1",
-    "the feature network and the distances of the evaluation",
-    "what an allocator wastes, and what a driver or a CUDA context takes for itself",
+    "the feature network, the distances and the timing of the evaluation",
+    "workspaces of convolutions on a GPU, what an allocator wastes, and what a driver or a CUDA context takes for itself",
     "latency of messages, and traffic between machines, whose links are slower",
-)
+]
 
 
 class Planner:
@@ -62,7 +62,7 @@ class Planner:
         self.bf16 = self._bf16(recipe.train.precision)
         self.prunable = self._prunable()
         self.training = outline.costs(self.structured, self.bf16, kind)
-        self.chunk = samples.chunk_size(dense.image_shape)
+        self.parts = min(recipe.train.accumulate, self.batch)
         self.call = outline.costs(self.structured, False, kind, backward=False)
         self.dense_call = self.call
         if target:
@@ -81,6 +81,14 @@ class Planner:
         masked_unet.require_eligible(self.structured.unet, spec.n, spec.m, given)
         rows = masked_unet.layer_reports(self.structured.unet, spec.n, spec.m, given)
         return sum(math.prod(row.shape) for row in rows if row.eligible)
+
+    def _part(self, batch: float) -> Trace:
+        """Forward and backward of one of the parts into which a batch is split to save memory."""
+        return self.training.at(batch / self.parts)
+
+    def _passes(self) -> float:
+        """Seconds of forward and backward."""
+        return self.parts * seconds(self._part(self.batch), self.setting)
 
     # --- stages ---
     def stages(self) -> list[Stage]:
@@ -128,13 +136,12 @@ class Planner:
     def _finetune(self) -> Stage:
         """Training of all weights without masks, between the cuts and after them."""
         steps, count, update = forecast.planned(self.recipe), self.structured.parameters, upkeep.of_update()
-        compute = seconds(self.training.at(self.batch), self.setting)
-        compute += upkeep_seconds(update, count, self.setting) + self._teacher_seconds()
+        compute = self._passes() + upkeep_seconds(update, count, self.setting) + self._teacher_seconds()
         fixed = FP32 * count + self._teacher_bytes(), update.held * count
         after = (FP32 + update.transient) * count  # the gradients, and what the update adds
         return self._stage(
             ("finetune", "fine-tuning"), steps["prune"] + steps["finetune"], self.batch, compute, fixed,
-            lambda b: max(self.training.at(b).peak, after), summed_bytes(None, count, self.prunable),
+            lambda b: max(self._part(b).peak, after), summed_bytes(None, count, self.prunable),
         )  # fmt: skip
 
     def _teacher_seconds(self) -> float:
@@ -151,12 +158,15 @@ class Planner:
         """Scores of the weights for m0, where they look at images (importance.py)."""
         kind, gradients = initial_kind(self.recipe), initial_kind(self.recipe) == "fisher"
         steps = CALIBRATION_BATCHES if kind in ("wanda", "fisher") else 0
-        whole = self.training.at(self.batch)
-        compute = seconds(whole if gradients else whole.forward_only(), self.setting)
+        forward = self.training.at(self.batch).forward_only()
+        compute = self._passes() if gradients else seconds(forward, self.setting)
         fixed = FP32 * self.structured.parameters, (M0_BYTES + (2 * FP32 if gradients else 0)) * self.prunable
-        costs = self.training if gradients else self.call
+
+        def at(batch: float) -> float:
+            return (self._part(batch) if gradients else self.call.at(batch)).activations
+
         name, summed = ("mask", f"{kind} scores of weights"), FP32 * self.prunable if gradients else 0.0
-        return self._stage(name, steps, self.batch, compute, fixed, lambda b: costs.at(b).activations, summed)
+        return self._stage(name, steps, self.batch, compute, fixed, at, summed)
 
     def _looks(self) -> Stage:
         """The loss before and under m0 and, with a density, under each layer's choices; ranks deal the batches out."""
@@ -193,7 +203,7 @@ class Planner:
             outside = max(outside, update.transient * count)
 
         def at(batch: float) -> float:
-            held = self.call.at(batch).peak if calls_only else self.training.at(batch).activations
+            held = self.call.at(batch).peak if calls_only else self._part(batch).activations
             return max(held + masks.during * prunable, outside)
 
         fixed, summed = (FP32 * count + self._teacher_bytes(), state), summed_bytes(spec, count, prunable)
@@ -201,18 +211,19 @@ class Planner:
 
     def _mask_passes(self, spec: Mask) -> float:
         """Seconds of the UNet's passes: reinforce judges m0 and each drawn mask, forward only unless weights train."""
-        whole = self.training.at(self.batch)
         if spec.method != "reinforce":
-            return seconds(whole, self.setting)
-        base = 0.0 if spec.cached_batches else seconds(whole.forward_only(), self.setting)
-        return base + spec.samples * seconds(whole if spec.train_weights else whole.forward_only(), self.setting)
+            return self._passes()
+        forward = seconds(self.training.at(self.batch).forward_only(), self.setting)
+        drawn = self._passes() if spec.train_weights else forward
+        return (0.0 if spec.cached_batches else forward) + spec.samples * drawn
 
     def _sampling(self) -> Stage:
         """Images of every variant, a chunk at a time, in fp32; ranks deal the chunks out; a step is one call."""
-        spec = self.recipe.eval
-        calls = share(share(spec.images, self.chunk), self.setting.gpus) * spec.steps
+        spec, shape, device = self.recipe.eval, self.dense.image_shape, torch.device(self.setting.device.kind)
+        chunk, call = samples.chunk_size(shape, device), diffusion.call_size(shape, device)
+        calls = share(share(spec.images, chunk), self.setting.gpus) * share(chunk, call) * spec.steps
         dense = 0 if bundled.quality(self.recipe) is not None else 2 if spec.noise_floor else 1
-        return self._judging("sampling of all variants", calls, self.chunk, dense)
+        return self._judging("sampling of all variants", calls, call, dense)
 
     def _validation(self) -> Stage:
         calls = share(share(VALIDATION_IMAGES, VALIDATION_BATCH), self.setting.gpus)
@@ -233,8 +244,9 @@ class Planner:
         return {"ranks": self._by_ranks(), "images": self._by_images(), "parameters": self._by_parameters()}
 
     def _step_seconds(self, batch: int) -> float:
+        parts = min(self.recipe.train.accumulate, batch)
         update = upkeep_seconds(upkeep.of_update(), self.structured.parameters, self.setting)
-        return seconds(self.training.at(batch), self.setting) + update
+        return parts * seconds(self.training.at(batch / parts), self.setting) + update
 
     def _by_ranks(self) -> list[dict[str, Any]]:
         rows, count, batch = [], self.structured.parameters, self.recipe.data.batch_size
@@ -251,7 +263,7 @@ class Planner:
     def _by_images(self) -> list[dict[str, Any]]:
         rows = []
         for batch in sorted({max(1, self.batch // 2), self.batch, 2 * self.batch, 4 * self.batch}):
-            trace, compute = self.training.at(batch), self._step_seconds(batch)
+            trace, compute = self._part(batch), self._step_seconds(batch)
             rows.append({"batch": batch, "compute": compute, "saved_activations": trace.saved, "peak": trace.peak})
         return rows
 
@@ -262,7 +274,7 @@ class Planner:
             count = found.parameters
             held = (2 * FP32 + upkeep.of_update().held) * count  # weights, gradients, optimiser and average
             row = {"model": name, "parameters": count, "macs": call.at(1).macs, "training_state": held}
-            row["call"] = seconds(call.at(self.chunk), self.setting) / self.chunk
+            row["call"] = seconds(call.at(self.batch), self.setting) / self.batch
             rows.append(row | {"sent_finetune": ring(FP32 * count, self.setting.gpus)})
         return rows
 
@@ -302,13 +314,15 @@ def make(recipe: Recipe, dense: Outline, setting: Setting) -> dict[str, Any]:
         "price": price,
         "fits": all(stage.fits for stage in stages),
         "growth": planner.growth(),
-        "not_counted": not_counted(setting, len(step.flops)),
+        "not_counted": not_counted(recipe, setting, len(step.flops)),
     }
 
 
-def not_counted(setting: Setting, operations: int) -> list[str]:
+def not_counted(recipe: Recipe, setting: Setting, operations: int) -> list[str]:
     """What the figures leave out, in words."""
-    launch = (
-        f"launching the {operations:,} operations of a training step's passes, which small models on a GPU wait for"
-    )
-    return [*([launch] if setting.device.basis == "published" else []), *NOT_COUNTED]
+    found = []
+    if setting.device.basis == "published":
+        found.append(f"launching a training step's {operations:,} operations, which small models on a GPU wait for")
+    if recipe.train.compile:
+        found.append("what torch.compile gains, and takes to begin with")
+    return found + NOT_COUNTED

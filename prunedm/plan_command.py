@@ -83,11 +83,11 @@ def heading(found: dict[str, Any]) -> list[str]:
     """What is planned and on what figures, in lines."""
     device, model = found["device"], found["model"]
     rates = ", ".join(f"{key} {value / 1e12:.4g} TFLOP/s" for key, value in device["flops"].items())
-    spread = device["spread"]
-    if spread:
-        rates += f" (fp32 from {spread['fp32'][0] / 1e12:.3g} to {spread['fp32'][1] / 1e12:.3g})"
+    if device["basis"] == "measured":
+        low, high = device["spread"]["efficiency"]
+        rates += f"; a network reaches {device['efficiency']:.2f} of them ({low:.2f} to {high:.2f})"
     link = device["interconnect"]
-    lines = [
+    return [
         f"{found['model_source']}: {model['parameters']:,} parameters, {model['macs'] / 1e9:.4g} G MACs an image; "
         f"after stage 1 {model['structured_parameters']:,} and {model['structured_macs'] / 1e9:.4g} G",
         f"{found['gpus']} x {device['name']}: {device['basis']} figures ({device['source']})",
@@ -95,7 +95,6 @@ def heading(found: dict[str, Any]) -> list[str]:
         + (f"{link / 1e9:.4g} GB/s one way" if link else "unknown (--interconnect)"),
         f"training in {found['precision']}, {found['batch']} images a step in all; times are {found['times_are']}",
     ]
-    return lines
 
 
 def closing(found: dict[str, Any]) -> list[str]:

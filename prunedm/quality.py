@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import data, diffusion, extractors, faithfulness, metrics, pictures, subject
+from . import data, diffusion, extractors, faithfulness, metrics, parallel, pictures, subject
 from .extractors import Extractor
 from .recipe import Eval
 from .samples import SampleSet
@@ -64,21 +64,26 @@ class Judge:
         return 2 + chunks * (2 if floors else 1)
 
     def quality(self, target: Target) -> Iterator[dict[str, Any]]:
-        """All figures of quality; yields once a chunk of images, the figures in the last yield."""
+        """All figures of quality; yields once a chunk of images, the figures in the last yield.
+
+        Ranks share the work and must all iterate; rank 0 alone has all the figures.
+        """
         found = validation(target.model, self.settings, self.images)
         yield {}
         seen = Seen(SHEET)
         for _ in self._watch(target, seen, "evaluation"):
             yield {}
-        found |= self._distances(seen, target.device)
-        write_atomic(target.sheet, pictures.sheet_png(seen.shown, target.info | how(self.settings)))
-        if target.dense_sheet is not None and target.dense_sheet.exists():
-            found |= self._faithfulness(target.dense_sheet, seen.shown)
+        reference, real = self._real(target.device)
+        if parallel.is_writer():
+            found |= self._distances(seen, reference, real)
+            write_atomic(target.sheet, pictures.sheet_png(seen.shown, target.info | how(self.settings)))
+            if target.dense_sheet is not None and target.dense_sheet.exists():
+                found |= self._faithfulness(target.dense_sheet, seen.shown)
         if target.is_dense and self.settings.noise_floor:
             again = Seen(0)
             for _ in self._watch(target, again, AGAIN):
                 yield {}
-            found["noise_floor"] = self._noise_floor(seen, again, target.device)
+            found["noise_floor"] = self._noise_floor(seen, again, real) if parallel.is_writer() else {}
         yield found
 
     def _watch(self, target: Target, seen: Seen, use: str) -> Iterator[None]:
@@ -87,10 +92,15 @@ class Judge:
             seen.add(chunk.images, chunk.features)
             yield
 
-    def _distances(self, seen: Seen, device: torch.device) -> dict[str, Any]:
+    def _real(self, device: torch.device) -> tuple[metrics.Statistics, Tensor]:
+        """Statistics and features of the training images."""
+        train = self.images.train
+        reference = metrics.reference_statistics(train, self.images.is_bundled, str(device), self.extractor)
+        return reference, metrics.reference_features(train, str(device), self.extractor)
+
+    def _distances(self, seen: Seen, reference: metrics.Statistics, real: Tensor) -> dict[str, Any]:
         """Frechet distance to the training images, KID, precision and recall, inception score; how they were made."""
-        s, train, network = self.settings, self.images.train, self.extractor
-        reference = metrics.reference_statistics(train, self.images.is_bundled, str(device), network)
+        s, network = self.settings, self.extractor
         found: dict[str, Any] = {
             "fid": metrics.frechet_distance(seen.moments.statistics(), reference),
             "fid_std": metrics.frechet_spread(seen.kept, reference, s.seed),
@@ -100,7 +110,6 @@ class Judge:
             "sampling": how(self.settings) | {"eta": s.eta, "extractor": s.extractor, "weights": network.weights[:16]},
         }
         found["sampling"] |= {"data": self.images.name, "digest": self.images.digest[:16]}
-        real = metrics.reference_features(train, str(device), network)
         if min(len(seen.kept), len(real)) >= 4:
             found |= metrics.pairwise(seen.kept, real, s.seed) | {"kernel_images": len(seen.kept)}
         if network.name == "inception" or (network.name == "bundled" and self.images.is_bundled):
@@ -109,9 +118,8 @@ class Judge:
             found["isc_std"] = spread if splits > 1 else None
         return found
 
-    def _noise_floor(self, first: Seen, second: Seen, device: torch.device) -> dict[str, dict[str, float]]:
+    def _noise_floor(self, first: Seen, second: Seen, real: Tensor) -> dict[str, dict[str, float]]:
         """What the metrics find between two sets of dense samples, and two of real images: no difference at all."""
-        real = metrics.reference_features(self.images.train, str(device), self.extractor)
         found = {}
         if len(first.kept) >= 4:
             found["samples"] = metrics.measure(first.kept, second.kept, self.settings.seed)
@@ -186,6 +194,7 @@ def validation(model: Diffusion, settings: Eval, images: data.Images) -> dict[st
         "validation_errors": [float(f"{error:.6g}") for error in errors.tolist()],
         "loss_bins": diffusion.by_bin(errors, batches, steps),
         "timesteps": steps,
+        "prediction_type": model.scheduler.config.prediction_type,
     }
 
 

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from . import strict_yaml
+from . import strict_yaml, untrusted
 from .stage_recipes import Mask, Prune, Rate, Schedule, Section, Share
 
 PRESETS_FOLDER = Path(__file__).parent / "presets"
@@ -105,6 +105,10 @@ class Train(Section):
         "importance: where the loss is large, reweighted so as to stay unbiased",
     )
     min_snr: float | None = Field(None, gt=0, le=1e4, description="min-SNR loss weighting; 5 is its paper's gamma")
+    accumulate: int = Field(
+        1, ge=1, le=4096, description="parts of a batch that are passed one after another: less memory, the same step"
+    )
+    compile: bool = Field(False, description="torch.compile: minutes to begin with, then often quicker on a GPU")
 
 
 SAMPLERS = ("ddim", "ddpm", "dpm-solver++", "euler")
@@ -136,6 +140,19 @@ class Eval(Section):
         return self
 
 
+class Resources(Section):
+    """What a cluster reserves for a run (cluster.py); on one machine nothing reads it."""
+
+    cpus: int = Field(1, ge=1, le=1024, description="processor cores; a run computes on as many threads")
+    gpus: float = Field(0, ge=0, le=64, description="GPUs: 0, a share such as 0.5, or a whole number")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Resources:
+        if self.gpus > 1 and self.gpus != round(self.gpus):
+            raise ValueError(f"gpus={self.gpus:g} must be a whole number above 1; use {round(self.gpus)}")
+        return self
+
+
 class Recipe(Section):
     """One experiment. Field names, defaults and limits are those of the YAML file."""
 
@@ -148,6 +165,7 @@ class Recipe(Section):
     mask: Mask = Field(default_factory=Mask)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
+    resources: Resources = Field(default_factory=Resources)
 
     @field_validator("name")
     @classmethod
@@ -181,7 +199,7 @@ def parse_value(text: str) -> Any:
     try:
         return strict_yaml.load(text)
     except strict_yaml.FAULTS as error:
-        raise RecipeError(f"value {text!r} is not YAML: {_first_line(error)}") from error
+        raise RecipeError(f"value {untrusted.shown(text)} is not YAML: {_first_line(error)}") from error
 
 
 def parse_safely(text: str) -> Any:
@@ -208,8 +226,10 @@ def parse(text: str, origin: str = "recipe") -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """A recipe file to a nested dict."""
     try:
-        return parse(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        return parse(untrusted.read_text(path), str(path))
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {_first_line(error)}; give a YAML file") from error
 
 
@@ -234,7 +254,7 @@ def assignment(text: str) -> dict[str, Any]:
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {text!r} is not section.field=value; for example mask.n=1")
+        raise RecipeError(f"--set {untrusted.shown(text)} is not section.field=value; for example mask.n=1")
     document: Any = parse_value(value)
     for key in reversed(keys):
         document = {key: document}
@@ -291,10 +311,10 @@ def _explain(error: ValidationError) -> str:
     else:
         rule = fault["msg"].removeprefix("Value error, ")
         value = fault["input"]
-        shown = "" if isinstance(value, dict) else f"={value!r}"
+        shown = "" if isinstance(value, dict) else f"={untrusted.shown(value)}"
         line = f"{field}{shown}: {rule[0].lower()}{rule[1:]}"
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return " ".join(line.split())[:400] + more
+    return untrusted.one_line(line, 400) + more
 
 
 def _fields_at(location: tuple) -> list[str]:
@@ -306,4 +326,4 @@ def _fields_at(location: tuple) -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return untrusted.one_line(error)

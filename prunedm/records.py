@@ -71,11 +71,12 @@ class Evaluation:
 
     Quality. validation_loss with its 95 % bootstrap interval, that of each timestep bin (``loss_bins``, the
     cleanest first, of ``timesteps`` trained timesteps) and that of each image (``validation_errors``: the same
-    images, timesteps and noise for every model, so that models can be compared in pairs). fid: Frechet distance,
-    called ``fid_extractor``, at ``fid_images`` images, with its bootstrap deviation ``fid_std`` over them;
-    ``few_images`` is a line where they are few. kid, precision, recall: at ``kernel_images``. sampling: how the
-    images were made and by what they were judged. noise_floor (of a dense model): the same figures between two
-    sets that do not differ: ``samples`` (of other seeds) and ``real``.
+    images, timesteps and noise for every model, so that models can be compared in pairs); it is the error of what
+    the network predicts (``prediction_type``). fid: Frechet distance, called ``fid_extractor``, at ``fid_images``
+    images, with its bootstrap deviation ``fid_std`` over them; ``few_images`` is a line where they are few. kid,
+    precision, recall: at ``kernel_images``. sampling: how the images were made and by what they were judged.
+    noise_floor (of a dense model): the same figures between two sets that do not differ: ``samples`` (of other
+    seeds) and ``real``.
 
     Faithfulness. ssim (with its interval), psnr (dB, over the pairs that differ; ``identical`` counts the others)
     and feature_distance to the dense model's first ``pairs`` samples of the same seeds.
@@ -98,6 +99,7 @@ class Evaluation:
     validation_errors: list[float] | None = None
     loss_bins: list[float | None] | None = None
     timesteps: int | None = None
+    prediction_type: str | None = None
     fid: float | None = None
     fid_std: float | None = None
     fid_extractor: str | None = None

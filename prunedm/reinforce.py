@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import masks, pattern
-from .diffusion import TIMESTEP_BINS, NoisedBatch, bin_of
+from . import masks, parallel, pattern
+from .diffusion import TIMESTEP_BINS, NoisedBatch, bin_of, bin_sums
 from .mask_methods import LogitMasks
 from .masked_unet import Bank, MaskedUNet
 from .seeds import generator
@@ -44,7 +44,7 @@ class ReinforceMasks(LogitMasks):
     @torch.no_grad()
     def _learn(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
         base = self._base(task, batch, step)
-        bins = bin_of(batch.t.cpu(), task.scheduler.config.num_train_timesteps)
+        bins, counts = _bins(batch, task.scheduler.config.num_train_timesteps)
         moves: list[Tensor | None] = [None] * len(self.masked.banks)
         values, residuals, advantages = [], [], []
         if train:
@@ -52,18 +52,16 @@ class ReinforceMasks(LogitMasks):
         for sample in range(self.spec.samples):
             drawn, orders = self._draw(step, sample)
             self.masked.wear(drawn)
-            with torch.set_grad_enabled(train):
-                losses = task.losses(self.masked.unet, batch)
-            if train:
-                self._backward(losses, drawn)
-            residual = losses.detach().float().cpu() - base
-            advantage = self._advantage(residual, bins)
+            losses = self._backward(task, batch, drawn) if train else task.losses(self.masked.unet, batch)
+            loss, residual, advantage = self._measure(batch, losses.float().cpu() - base, losses, bins, counts)
             for i, bank in enumerate(self.masked.banks):
                 direction = self._score(bank, drawn[i], orders[i]).mul_(advantage / self.spec.samples)
                 moves[i] = direction if moves[i] is None else moves[i].add_(direction)
-            values.append(losses.mean().item())
-            residuals.append(residual.mean().item())
+            values.append(loss)
+            residuals.append(residual)
             advantages.append(advantage)
+        if train:
+            parallel.sum_(self.masked.gradients())
         rate, norm = self.rate(step), torch.nn.utils.get_total_norm(moves).item()
         require_finite("masks' gradient norm", norm, step, "mask", self.rates)
         for bank, move in zip(self.masked.banks, moves):
@@ -100,14 +98,16 @@ class ReinforceMasks(LogitMasks):
             drawn.append(pattern.keep(keys, bank.n))
         return drawn, orders
 
-    def _backward(self, losses: Tensor, drawn: list[Tensor]) -> None:
-        """Gradients of the weights: the mean over the samples, each through its own mask."""
+    def _backward(self, task: Task, batch: NoisedBatch, drawn: list[Tensor]) -> Tensor:
+        """The losses, and gradients of the weights: the mean over the samples, each through its own mask."""
         before = [bank.grad.clone() for bank in self.masked.banks]
         for bank in self.masked.banks:
             bank.grad.zero_()
-        losses.backward(torch.full_like(losses, 1 / (losses.numel() * self.spec.samples)))
+        with torch.enable_grad():
+            losses = task.backward(self.masked.unet, batch, self.spec.samples)
         for bank, mask, earlier in zip(self.masked.banks, drawn, before):
             bank.grad.mul_(mask).add_(earlier)
+        return losses
 
     @staticmethod
     def _score(bank: Bank, mask: Tensor, order: Tensor | None) -> Tensor:
@@ -115,10 +115,22 @@ class ReinforceMasks(LogitMasks):
             return masks.score(bank.logits, mask)
         return masks.ordered_score(bank.logits, order)
 
-    def _advantage(self, residual: Tensor, bins: Tensor) -> float:
-        advantage = (residual - self.tracker[bins]).mean()
-        for b in bins.unique().tolist():
-            mean = residual[bins == b].mean()
+    def _measure(
+        self, batch: NoisedBatch, residual: Tensor, losses: Tensor, bins: Tensor, counts: Tensor
+    ) -> tuple[float, float, float]:
+        """(loss, residual, advantage), means over the whole batch, and the tracker moved; tensors ``[B]``.
+
+        All that ranks tell one another of a mask: these three and a sum a timestep bin, whatever the model's size.
+        """
+        means = [batch.mean(values) for values in (losses.float().cpu(), residual, residual - self.tracker[bins])]
+        told = torch.cat([torch.stack(means), bin_sums(residual, bins)])
+        parallel.sum_([told])
+        return told[0].item(), told[1].item(), self._advantage(told[2], told[3:], counts)
+
+    def _advantage(self, advantage: Tensor, sums: Tensor, counts: Tensor) -> float:
+        """The advantage by its spread; ``sums`` of the residuals of each bin's images go into the tracker."""
+        for b in counts.nonzero()[:, 0].tolist():
+            mean = sums[b] / counts[b]
             self.tracker[b] += (1 - self.spec.tracker_decay) * (mean - self.tracker[b])
         # The spread of the steps before: one that held the present advantage would bias the gradient.
         before = self.spread[0].sqrt() if self.spread[1] else advantage.abs()
@@ -140,6 +152,8 @@ class ReinforceMasks(LogitMasks):
     def tensors(self) -> dict[str, Tensor]:
         found = super().tensors() | {name: getattr(self, name) for name in ("tracker", "spread", "since")}
         found |= {f"reference.{i}": mask for i, mask in enumerate(self.reference)}
+        if parallel.size() > 1:
+            return found  # a rank's f(m0) are of its own slices; another number of ranks finds them anew
         return found | {f"cached.{position}": losses for position, losses in self.cached.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -148,4 +162,12 @@ class ReinforceMasks(LogitMasks):
             getattr(self, name).copy_(tensors[name])
         for i, mask in enumerate(self.reference):
             mask.copy_(tensors[f"reference.{i}"])
-        self.cached = {int(k.removeprefix("cached.")): v for k, v in tensors.items() if k.startswith("cached.")}
+        kept = [key for key in tensors if key.startswith("cached.") and parallel.size() == 1]
+        self.cached = {int(key.removeprefix("cached.")): tensors[key] for key in kept}
+
+
+def _bins(batch: NoisedBatch, steps: int) -> tuple[Tensor, Tensor]:
+    """The timestep bin of each image ``[B]``, and how many images of the whole batch fall into each bin."""
+    whole = batch.t if batch.whole_t is None else batch.whole_t
+    counts = torch.bincount(bin_of(whole.cpu(), steps), minlength=TIMESTEP_BINS)
+    return bin_of(batch.t.cpu(), steps), counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,6 +109,15 @@ COLUMNS = (
     *(f"ratio.{name}" for name in RATIOS),
     *FRONTS,
 )
+WORDS = {"fid": "frechet_distance", "kid": "kernel_distance", "isc": "inception_score"}
+OWN_NAMES = re.compile(rf"(?<![a-z])({'|'.join(WORDS)})(?=[._]|$)")
+
+
+def column(key: str) -> str:
+    """The header of a column: the record's key, but FID, KID and ISC are names of Inception's figures alone."""
+    return OWN_NAMES.sub(lambda found: WORDS[found[1]], key)
+
+
 FORMULA = ("=", "+", "-", "@")  # what makes a spreadsheet run a cell
 
 
@@ -115,24 +125,15 @@ def csv_text(judged: Sequence[Judged]) -> str:
     """One row a model, one column a figure (:data:`COLUMNS`, always all); an absent figure is an empty cell."""
     output = io.StringIO()
     writer = csv.DictWriter(output, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    fronts = on_fronts(judged)
+    writer.writerow({key: column(key) for key in COLUMNS})
+    fronts = comparison.fronts(judged)
     for one in judged:
         found = {key: one.get(key) for key in COLUMNS}
         found |= {"run": one.run.id if one.run else None, "variant": one.variant, "label": one.label}
         found |= {f"ratio.{name}": value for name, value in comparison.efficiency(one).items() if name in RATIOS}
-        found |= fronts.get(id(one), {})
+        found |= {f"front.{q.key}.{c.key}": "yes" if on else "no" for q, c, on in fronts.get(id(one), [])}
         writer.writerow({key: _safe(value) for key, value in found.items()})
     return output.getvalue()
-
-
-def on_fronts(judged: Sequence[Judged]) -> dict[int, dict[str, str]]:
-    """For each model (by its ``id``) the columns of the fronts it was compared for: yes or no."""
-    found: dict[int, dict[str, str]] = {}
-    for plot in comparison.pareto(judged):
-        for one, is_on in zip(plot.judged, plot.on_front):
-            found.setdefault(id(one), {})[f"front.{plot.quality.key}.{plot.cost.key}"] = "yes" if is_on else "no"
-    return found
 
 
 def _safe(value: Any) -> Any:
@@ -152,10 +153,9 @@ def markdown(judged: Sequence[Judged]) -> str:
         parts += [f"## {plain(name)}", "\n".join(f"- {plain(text)}" for text in sentences(own)) or "No figures yet."]
     parts += ["## Figures", _table(["", *names], [[label, *cells] for label, cells in figures.rows(judged)])]
     parts += ["## What the figures hold for", _table(["", *names], _flat(figures.condition_rows(judged)))]
-    floors, ratios = figures.floor_rows(judged), figures.efficiency_rows(judged)
+    floors, ratios = figures.floor_table(judged), figures.efficiency_rows(judged)
     if floors:
-        head = ["model", "between", "Frechet distance", "kernel distance", "precision", "recall", "images of a set"]
-        parts += ["## Noise floor", _table(head, floors)]
+        parts += ["## Noise floor", _table(*floors)]
     if ratios:
         parts += ["## Against the dense model", _table(["", *RATIOS.values()], ratios)]
     fronts = _front_rows(judged)

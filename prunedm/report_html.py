@@ -187,17 +187,25 @@ function draw(node) {
 }
 charts.forEach(draw);
 dark.addEventListener("change", () => charts.forEach(draw));
-addEventListener("beforeprint", () => charts.forEach((node) => {
-  const width = node.closest(".pair") ? 325 : 660, height = Math.min(node.layout.height, 880);  // within a sheet
-  node.style.minHeight = `${height}px`;
-  Plotly.relayout(node, { width, height, "font.color": "#1a1f2b" });
-}));
-addEventListener("afterprint", () => charts.forEach((node) => {
-  delete node.layout.width;
-  draw(node);
-  node.style.minHeight = `${node.layout.height}px`;
-  Plotly.Plots.resize(node);
-}));
+const tables = [...document.querySelectorAll("details")].filter((node) => !node.closest("figure") && !node.open);
+addEventListener("beforeprint", () => {
+  tables.forEach((node) => { node.open = true; });
+  charts.forEach((node) => {
+    const width = node.closest(".pair") ? 325 : 660, height = Math.min(node.layout.height, 880);  // within a sheet
+    const small = width < 600 ? { "legend.font.size": 9, "margin.t": node.layout.margin.t + 14 } : {};
+    node.style.minHeight = `${height}px`;
+    Plotly.relayout(node, { width, height, "font.color": "#1a1f2b", ...small });
+  });
+});
+addEventListener("afterprint", () => {
+  tables.forEach((node) => { node.open = false; });
+  charts.forEach((node) => {
+    delete node.layout.width;
+    draw(node);
+    node.style.minHeight = `${node.layout.height}px`;
+    Plotly.Plots.resize(node);
+  });
+});
 """
 
 STYLE = """

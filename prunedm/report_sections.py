@@ -130,19 +130,14 @@ def conditions(page: Page) -> Html:
 
 
 def noise_floor(page: Page) -> Html:
-    rows = figures.floor_rows(page.shown, page.name)
-    if not rows:
+    found = figures.floor_table(page.shown, page.name)
+    if found is None:
         return missing("No noise floor was measured, so nobody can say which small differences mean something.")
     text = (
         "Two sets of images that do not differ, compared as a compressed model's images are with the real ones. A "
         "difference from dense that is no larger than this may be chance; only a larger one says something."
     )
-    named = [f"{names['fid']}, {names['kid']}" for names in map(figures.names_of, page.shown)]
-    first = figures.names_of(page.shown[0])
-    alike = len(set(named)) == 1
-    head = ["dense model", "between", first["fid"] if alike else "Frechet distance"]
-    head += [first["kid"] if alike else "kernel distance", "precision", "recall", "images of a set"]
-    return join(paragraph(text), table(head, rows, "Noise floor"))
+    return join(paragraph(text), table(*found, "Noise floor"))
 
 
 # --- samples ---------------------------------------------------------------------------------

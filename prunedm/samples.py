@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cache, diffusion
+from . import cache, diffusion, parallel
 from .extractors import Extractor
 from .recipe import Eval
 from .seeds import derive
 from .unet import Diffusion
 
-PIXELS, MOST = 64 * 64 * 64, 64  # a chunk has so many pixels at most, and so many images
+PIXELS, MOST = diffusion.CALL_PIXELS, 64  # a chunk has so many pixels at most, and so many images
 KIND = "samples"
 
 
@@ -38,23 +38,33 @@ class SampleSet:
 
     def __init__(self, model: Diffusion, fingerprint: str, settings: Eval, use: str = "evaluation") -> None:
         self.model, self.settings, self.use = model, settings, use
-        self.size = chunk_size(model.image_shape)
-        device = next(model.unet.parameters()).device.type
-        how = (settings.sampler, settings.steps, settings.eta, settings.seed, use, self.size)
-        self.folder = cache.folder(KIND) / cache.digest(fingerprint, how, device, torch.__version__)
+        device = next(model.unet.parameters()).device
+        call, self.size = diffusion.call_size(model.image_shape, device), chunk_size(model.image_shape, device)
+        how = (settings.sampler, settings.steps, settings.eta, settings.seed, use, self.size, call)
+        self.folder = cache.folder(KIND) / cache.digest(fingerprint, how, device.type, torch.__version__)
 
     def chunks(self, count: int) -> int:
         """How many chunks hold so many images."""
         return -(-count // self.size)
 
     def stream(self, count: int, extractor: Extractor) -> Iterator[Chunk]:
-        """The first ``count`` images and their features, a chunk at a time, from disk or made now."""
-        for i in range(self.chunks(count)):
-            images = self._images(i)
-            features = self._features(i, images, extractor)
+        """The first ``count`` images and their features, a chunk at a time, from disk or made now.
+
+        Ranks deal the chunks out, so all of them must call.
+        """
+        own: dict[int, Tensor] = {}
+
+        def images_of(i: int) -> Tensor:
+            own[i] = self._images(i)
+            return own[i]
+
+        made = parallel.dealt(self.chunks(count), images_of)
+        seen = parallel.dealt(self.chunks(count), lambda i: self._features(i, own.pop(i), extractor))
+        for i, (images, features) in enumerate(zip(made, seen)):
             kept = min(self.size, count - i * self.size)
             yield Chunk(images[:kept], features[:kept])
-        cache.trim(KIND, self.folder)
+        if parallel.is_writer():
+            cache.trim(KIND, self.folder)
 
     def images(self, start: int, stop: int) -> Tensor:
         """The images at places ``start`` to ``stop`` (less one): only their own chunks are read or made."""
@@ -84,10 +94,11 @@ class SampleSet:
         return features
 
 
-def chunk_size(shape: tuple[int, int, int]) -> int:
-    """How many images of this ``(C, H, W)`` are sampled at once."""
+def chunk_size(shape: tuple[int, int, int], device: torch.device) -> int:
+    """How many images of this ``(C, H, W)`` are sampled and kept together."""
     _, height, width = shape
-    return max(1, min(MOST, PIXELS // (height * width)))
+    call, most = diffusion.call_size(shape, device), max(1, min(MOST, PIXELS // (height * width)))
+    return most - most % call or most  # whole calls, so that none is filled up in vain
 
 
 def image_seeds(seed: int, places: range, use: str = "evaluation") -> list[int]:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .recipe import HUB_PATTERN, Data
+from .untrusted import one_line
 
 Entry = tuple[str, Callable[[], Image.Image]]  # an image's name, and how to open it; opening may fail
 
@@ -37,7 +38,7 @@ DOWNLOAD_SECONDS = 60.0  # without a byte
 
 def line(error: BaseException) -> str:
     """An error in one line."""
-    return " ".join(str(error).split())[:200] or error.__class__.__name__
+    return one_line(error) or error.__class__.__name__
 
 
 # --- a folder of images ----------------------------------------------------------------------

@@ -12,7 +12,19 @@ from typing import Any
 
 import torch
 
-from . import diffusion, evaluate, giveway, mask_stage, model_card, pictures, report_page, store, structured, unet
+from . import (
+    diffusion,
+    evaluate,
+    giveway,
+    mask_stage,
+    model_card,
+    parallel,
+    pictures,
+    report_page,
+    store,
+    structured,
+    unet,
+)
 from .failure import Diverged
 from .inputs import load_inputs, rounding
 from .learn import FixedMasks
@@ -217,8 +229,10 @@ class Pipeline:
         yield from evaluate.evaluate(self.run, self.recipe, self.images, self.device)
 
     def _report(self) -> Iterator[Step]:
-        self._write_cards()
-        report_page.write(self.run)
+        with parallel.one_writer() as writes:
+            if writes:
+                self._write_cards()
+                report_page.write(self.run)
         yield Step("report", 1, 1)
 
     def _write_cards(self) -> None:
@@ -273,7 +287,7 @@ class Pipeline:
             # After the step is recorded: drawing gives way, with a checkpoint, which must hold whole steps.
             if step.step in previewed:
                 self._preview(stage, step.step, learner)
-            if time.monotonic() - self.saved > self.checkpoint_after:
+            if parallel.decide(time.monotonic() - self.saved > self.checkpoint_after):
                 self.save_checkpoint()
         if trainer.done > self.saved_step:
             self.save_checkpoint()
@@ -309,7 +323,9 @@ class Pipeline:
 
     def _save_variant(self, name: str, model: torch.nn.Module, record: dict[str, Any] | None = None) -> None:
         record = {"variant": name, "run": self.run.id} | (record or {})
-        unet.save(model, self.model.scheduler, self.run.variant(name), record)
+        with parallel.one_writer() as writes:
+            if writes:
+                unet.save(model, self.model.scheduler, self.run.variant(name), record)
 
     def _preview(self, stage: str, step: int, learner: Learner) -> None:
         """Draw the model of the moment: under the masks that would be chosen now."""
@@ -320,7 +336,9 @@ class Pipeline:
             self._draw(stage, step, learner.unet)
 
     def _draw(self, stage: str, step: int, model: torch.nn.Module) -> None:
-        """The same few seeds again, so that progress can be seen."""
+        """The same few seeds again, so that progress can be seen. Rank 0's part."""
+        if not parallel.is_writer():
+            return
         seeds = image_seeds(self.recipe.eval.seed, range(PREVIEW_IMAGES))
         images = diffusion.sample(model, self.model.scheduler, seeds, "ddim", PREVIEW_STEPS)
         info = {"run": self.run.id, "stage": stage, "step": step, "sampler": "ddim", "steps": PREVIEW_STEPS}

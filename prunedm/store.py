@@ -2,7 +2,7 @@
 
 ::
 
-    runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  mask-layers.jsonl  log.txt
+    runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  mask-layers.jsonl  log.txt[.1 .2 .3]
                 system.jsonl  layers.json  allocation.json  evaluation.json
                 masks/*.npz  samples/*.png  checkpoints/*.safetensors  variants/<name>/...  report.html
 
@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from . import files, owner
+from . import files, logs, owner
 from . import recipe as recipes
 from .files import StoreError, read_json, require_known, write_atomic, write_json
 from .jsonl import read_jsonl
@@ -37,8 +37,10 @@ VARIANT_RECORD = "prunedm.json"  # in a variant's folder, written last: what was
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
+HEARTBEAT = ".heartbeat"  # its time is that of the owner's last sign of life, where state.json's is older
 SCHEMA = 2  # of state.json; 1 knew an owner by pid and clock alone
 NUMBERS = ("created", "seconds", "heartbeat", "step", "of", "pid", "pid_started", "began")  # of a state
+HANDOVER = 3.0  # seconds that an owner which has recorded its ending may still hold the lock
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
 
@@ -107,6 +109,7 @@ class Run:
     def state(self) -> RunState:
         """The recorded state, with a dead owner's run shown as *interrupted*."""
         state = self._recorded()
+        state.heartbeat = max(state.heartbeat, owner.last_beat(self.folder / HEARTBEAT))
         if state.status in ACTIVE and owner.is_this_process(state):
             state = _UNWRITTEN.get(self.folder, state)
         if state.status in ACTIVE and not owner.lives(state, STALE_AFTER):
@@ -133,6 +136,10 @@ class Run:
         write_json(self.folder / "state.json", dataclasses.asdict(state))
         _UNWRITTEN.pop(self.folder, None)
 
+    def beat(self) -> None:
+        """A sign of life for other machines, from an owner that has no news to write."""
+        owner.beat(self.folder / HEARTBEAT)
+
     def claim(self, state: RunState, status: Status) -> None:
         """Record this process as the run's owner."""
         owner.sign(state)
@@ -144,7 +151,7 @@ class Run:
 
         Old requests to stop or to pause are forgotten. StoreError, saying who has the run, when it cannot be taken.
         """
-        with self.lock():
+        with self.lock(0 if self.state().status in ACTIVE else HANDOVER):
             state = self.state()
             if state.status not in RESUMABLE:
                 by = f" by {owner.words(state)}" if state.status in ACTIVE else ""
@@ -173,10 +180,10 @@ class Run:
             _UNWRITTEN[self.folder] = state
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only one process works on a run; the second is told at once who does (Busy)."""
+    def lock(self, patience: float = 0.0) -> Iterator[None]:
+        """Only one process works on a run; the second is told who does (Busy), at once or after so many seconds."""
         lock = owner.Lock(self.folder / ".lock")
-        holder = lock.acquire()
+        holder = lock.acquire(patience)
         if holder:
             raise Busy(f"run {self.id} is being worked on by {holder}; wait for it or stop it")
         try:
@@ -212,8 +219,7 @@ class Run:
         self.append("events.jsonl", [{"time": round(time.time(), 3), "kind": kind, **values}])
 
     def log(self, line: str) -> None:
-        with self.log_path.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        logs.append(self.log_path, line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """One record a step: ``{"stage", "step", "time", ...}``."""
@@ -246,28 +252,13 @@ class Run:
 
     # --- tensors -----------------------------------------------------------------------------
     def save_checkpoint(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Tensors and a JSON record in one safetensors file, replaced atomically."""
-        from safetensors.torch import save
-
+        """Tensors and a JSON record, replaced atomically."""
         (self.folder / "checkpoints").mkdir(exist_ok=True)
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        content = save(plain, metadata={"record": json.dumps(meta)})
-        write_atomic(self.folder / "checkpoints" / f"{name}.safetensors", content)
+        files.write_tensors(self.folder / "checkpoints" / f"{name}.safetensors", tensors, meta)
 
     def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What :meth:`save_checkpoint` wrote, or None when there is none."""
-        from safetensors import SafetensorError, safe_open
-
-        path = self.folder / "checkpoints" / f"{name}.safetensors"
-        if not path.exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                return tensors, json.loads(file.metadata()["record"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            said = f"{path} cannot be read ({error}); delete the file and resume: its stage is done again"
-            raise StoreError(said) from error
+        return files.read_tensors(self.folder / "checkpoints" / f"{name}.safetensors")
 
     def has_checkpoint(self, name: str) -> bool:
         return (self.folder / "checkpoints" / f"{name}.safetensors").exists()

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-# ValueError: dates that are none, such as 2024-13-45.
+# ValueError: dates that are none, such as 2024-13-45, and integers of more digits than Python reads.
+DEEPEST = 40
 FAULTS = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -40,8 +41,23 @@ for _tag, _form in NUMBERS.items():
 
 
 def load(text: str) -> Any:
-    """The document's value. One of :data:`FAULTS` when it is not YAML or a key stands twice."""
+    """The document's value. One of :data:`FAULTS` when it is not YAML, a key stands twice, or it holds aliases."""
+    _require_plain(text)
     return yaml.load(text, _Loader)
+
+
+def _require_plain(text: str) -> None:
+    """No alias, by which a short text stands for a value without end, and no depth that a parser could fail at."""
+    depth = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"*{event.anchor[:40]} is an alias, which is not read; write the value out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested more than {DEEPEST} deep")
 
 
 def dump(document: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import giveway, latency, masked_unet, pattern, uniform
+from . import giveway, latency, masked_unet, parallel, pattern, uniform
 from .channel_groups import ChannelGroup, channel_groups
 from .channel_scores import scoring
 from .pruned_unet import attentions, sync_attributes
@@ -74,7 +74,8 @@ class Dense:
 
     def times(self, unet: nn.Module) -> dict[str, Any]:
         """Measured times of another UNet against this one; it is moved to the device and stays there."""
-        return latency.compare(self.unet, unet.to(self.device))
+        unet.to(self.device)
+        return parallel.shared(lambda: latency.compare(self.unet, unet))
 
 
 def prune(

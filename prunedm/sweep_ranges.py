@@ -107,6 +107,8 @@ def kind(key: str) -> type | None:
         raise ValueError(f"ranges.{key} is a section; name one of its fields: {', '.join(model.model_fields)}")
     if key == "name":
         raise ValueError("ranges.name would only rename runs; sweep a field that changes the result")
+    if key.startswith("resources."):
+        raise ValueError(f"ranges.{key} changes no result; set it in the recipe")
     types = _types(model)
     if list in types:
         raise ValueError(f"ranges.{key} is a list; sweep fields that hold one value, or write a recipe for each")

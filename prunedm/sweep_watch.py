@@ -7,13 +7,10 @@ one of the quarter is reported in its place.
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from .records import ACTIVE, STAGE_LABELS, Step
+from .jobs import Stop
+from .records import STAGE_LABELS, Step
 from .store import Run
 from .sweep_spec import Sweep
 from .sweep_trials import SEEN
@@ -21,8 +18,6 @@ from .sweep_trials import SEEN
 if TYPE_CHECKING:
     from optuna import Trial
 
-Stop = Callable[[], bool]
-OnStep = Callable[[Step], None]
 QUARTERS = 4
 VALIDATION, TRAINING = "validation loss", "mean training loss of a quarter of a stage"
 
@@ -84,31 +79,3 @@ class Watch:
             self.lost = True
         except OptunaError as error:
             self.run.log(f"the sweep could not be told of {place}: {' '.join(str(error).split())[:200]}")
-
-
-def follow(run: Run, on_step: OnStep, stop: Stop, ask: Callable[[], None], poll: float = 1.0) -> str:
-    """Wait for a run that another thread or process executes, and return its final status.
-
-    ``on_step`` gets its steps from the metrics file, those of before left out; ``ask`` is called once when
-    ``stop`` says so.
-    """
-    path, asked = run.folder / "metrics.jsonl", False
-    position = path.stat().st_size if path.exists() else 0
-    while True:
-        status = run.state().status  # before the metrics, so that those of the last steps are not missed
-        size = path.stat().st_size if path.exists() else 0
-        position = min(position, size)  # a resumed run drops what lies beyond its checkpoint
-        with suppress(FileNotFoundError), path.open("rb") as file:
-            file.seek(position)
-            whole = file.read().rpartition(b"\n")
-            position += len(whole[0]) + len(whole[1])
-        for line in whole[0].splitlines() if size else ():
-            with suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                on_step(Step(record.pop("stage"), record.pop("step"), 0, record))
-        if status not in ACTIVE:
-            return status
-        if stop() and not asked:
-            ask()
-            asked = True
-        time.sleep(poll)

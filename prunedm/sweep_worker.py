@@ -12,19 +12,18 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import comparison, store, sweep, sweep_trials
+from .jobs import Execute, Stop, here, load_engine
 from .recipe import Recipe, RecipeError
 from .store import Run
 from .sweep_spec import Sweep, SweepError
 from .sweep_trials import CAUSE, EXCESS, FIGURES, RESUMES, RUN, SECONDS, STATUS, STOPPED
-from .sweep_watch import OnStep, Stop, Watch, follow
+from .sweep_watch import Watch
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
-
-    from .jobs import Jobs
 
 NOTED = (  # figures of a trial's model that are kept in the study
     *("validation_loss", "validation_loss_low", "validation_loss_high", "fid", "fid_std", "fid_extractor"),
@@ -32,31 +31,6 @@ NOTED = (  # figures of a trial's model that are kept in the study
 )
 FAILURES = 3  # that a worker sees in a row, with nothing else before, until it asks for help
 POLL = 2.0  # seconds between looks at the trials of other workers
-
-
-class Execute(Protocol):
-    """Runs or resumes a run and returns its final status, as ``pipeline.execute`` does."""
-
-    def __call__(self, run: Run, on_step: OnStep, stop: Stop) -> str: ...
-
-
-def here(run: Run, on_step: OnStep, stop: Stop) -> str:
-    """Execute in this thread."""
-    from . import pipeline
-
-    return pipeline.execute(run, on_step, stop)
-
-
-def through(jobs: Jobs) -> Execute:
-    """Execute in the lab's queue, behind the runs that wait there."""
-
-    def execute(run: Run, on_step: OnStep, stop: Stop) -> str:
-        if run.state().status == "queued":  # a new one: the queue takes those that were stopped
-            run.end(run.state(), "stopped", None)
-        jobs.resume(run)
-        return follow(run, on_step, stop, lambda: jobs.stop(run))
-
-    return execute
 
 
 class Unfinished(Exception):  # noqa: N818
@@ -244,8 +218,6 @@ class Worker:
 
     def _run_of(self, trial: Trial, recipe: Recipe) -> Run:
         """The run that a worker before this one began, or a new one."""
-        from .jobs import load_engine
-
         load_engine()
         from . import inputs
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from . import parallel
 from .jsonl import read_jsonl
 from .store import SYSTEM, Run, write_atomic
 
@@ -106,6 +107,7 @@ class Sampler(threading.Thread):
             probe, lines = Probe(), len(records(self.job))
             while not self.ending.wait(self.every):
                 with self._guarded():
+                    self.job.beat()
                     self.job.append(SYSTEM, [probe.look()])
                     lines += 1
                     if lines >= self.most:
@@ -129,7 +131,10 @@ class Sampler(threading.Thread):
 
 @contextmanager
 def sampled(run: Run) -> Iterator[None]:
-    """The run's machine is looked at while the block runs."""
+    """The run's machine is looked at while the block runs; of several ranks, rank 0's is."""
+    if not parallel.is_writer():
+        yield
+        return
     sampler = Sampler(run)
     try:
         sampler.start()

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import math
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from . import diffusion
+from . import diffusion, parallel
 from .data import Batches
 from .diffusion import NoisedBatch, Timesteps
 from .failure import Diverged
@@ -96,7 +97,11 @@ class Task:
     """What is trained on: scheduler, images and seed; one batch a step.
 
     teacher: a dense model whose prediction is matched with weight ``distill``. cycle: how many batches
-    come round again and again (0: never the same twice).
+    come round again and again (0: never the same twice). accumulate: into how many parts a batch is split
+    where gradients are taken, to save memory. compiled: pass networks through torch.compile.
+
+    Each rank takes its slice of a batch that all of them draw: images, timesteps and noise of a step are the
+    same for any number of ranks.
     """
 
     scheduler: object
@@ -109,6 +114,9 @@ class Task:
     teacher: nn.Module | None = None
     distill: float = 0.0
     cycle: int = 0
+    accumulate: int = 1
+    compiled: bool = False
+    networks: dict[nn.Module, nn.Module] = field(default_factory=dict, repr=False)  # to their compiled forms
 
     @classmethod
     def of(
@@ -128,27 +136,59 @@ class Task:
             spec.min_snr,
             teacher,
             spec.distill,
+            accumulate=spec.accumulate,
+            compiled=spec.compile,
         )
 
     def batch(self, stage: str, step: int) -> NoisedBatch:
-        """Images, timesteps and noise of this step of this stage."""
+        """Images, timesteps and noise of this step of this stage: this rank's slice of them."""
         step = step % self.cycle if self.cycle else step
         x0 = self.batches.at(step, self.device)
         gen = generator(self.seed, stage, "noise", step)
-        batch = diffusion.noised(self.scheduler, x0, gen, timesteps=self.timesteps, min_snr=self.min_snr)
+        batch = self.own(diffusion.noised(self.scheduler, x0, gen, timesteps=self.timesteps, min_snr=self.min_snr))
         if self.teacher is None or not self.distill:
             return batch
         with numerics(self.teacher, self.device, self.bf16), torch.no_grad():
             prediction = self.teacher(batch.x_t, batch.t).sample.float()
         return dataclasses.replace(batch, teacher=prediction, distill=self.distill)
 
+    def own(self, batch: NoisedBatch) -> NoisedBatch:
+        """This rank's slice of a batch; ValueError when there are fewer images than ranks."""
+        return batch if parallel.size() == 1 else batch.slice(*parallel.own_slice(len(batch.t)))
+
     def losses(self, denoiser: nn.Module, batch: NoisedBatch) -> Tensor:
         """What is minimised, ``[B]``, in the task's precision; the timestep sampler looks on."""
-        with numerics(denoiser, self.device, self.bf16):
-            objective, error = diffusion.losses(lambda x, t: denoiser(x, t).sample, batch)
-        if self.timesteps is not None:
-            self.timesteps.observe(batch.t.cpu(), error.detach().float().cpu())
+        objective, error = self._pass(denoiser, batch)
+        self._observe(batch, error)
         return objective
+
+    def backward(self, denoiser: nn.Module, batch: NoisedBatch, samples: int = 1) -> Tensor:
+        """:meth:`losses`, and into ``.grad`` this rank's part of the gradient of their mean over the whole batch,
+        divided by ``samples``. Ranks still have to sum what they gathered."""
+        losses, errors = [], []
+        for part in batch.parts(self.accumulate):
+            objective, error = self._pass(denoiser, part)
+            objective.backward(torch.full_like(objective, part.share / (len(objective) * samples)))
+            losses.append(objective.detach())
+            errors.append(error)
+        self._observe(batch, torch.cat(errors))
+        return torch.cat(losses)
+
+    def _pass(self, denoiser: nn.Module, batch: NoisedBatch) -> tuple[Tensor, Tensor]:
+        network = self._compiled(denoiser) if self.compiled else denoiser
+        with numerics(denoiser, self.device, self.bf16):
+            objective, error = diffusion.losses(lambda x, t: network(x, t).sample, batch)
+        return objective, error.detach()
+
+    def _compiled(self, network: nn.Module) -> nn.Module:
+        """The network's compiled form, which shares its weights."""
+        if network not in self.networks:
+            self.networks[network] = torch.compile(network)
+        return self.networks[network]
+
+    def _observe(self, batch: NoisedBatch, error: Tensor) -> None:
+        if self.timesteps is not None:
+            self.timesteps.observe(batch.t.cpu(), error.float().cpu())
 
 
 def rate_at(schedule: str, peak: float, warmup: float, step: int, steps: int) -> float:
@@ -252,6 +292,11 @@ class Learner(Protocol):
     def load(self, tensors: dict[str, Tensor]) -> None: ...
 
 
+def gradients(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Those that are there."""
+    return (parameter.grad for parameter in parameters if parameter.grad is not None)
+
+
 class DenseLoss:
     """No masks: plain fine-tuning through the same loop."""
 
@@ -262,8 +307,8 @@ class DenseLoss:
         pass
 
     def step(self, task: Task, batch: NoisedBatch, step: int, train: bool) -> dict[str, float]:
-        value = task.losses(self.unet, batch).mean()
-        value.backward()
+        value = batch.mean(task.backward(self.unet, batch))
+        parallel.sum_(itertools.chain([value], gradients(self.unet.parameters())))
         return {"loss": value.item()}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -295,7 +340,7 @@ class Trainer:
         Diverged is raised when the loss is not finite.
         """
         while self.done < self.last:
-            step = self.done
+            step, sent = self.done, parallel.bytes_sent()
             train = self.weights is not None and self.weights.window.holds(step)
             self.learner.prepare(step, train)
             values = self.learner.step(self.task, self.task.batch(self.stage, step), step, train)
@@ -304,6 +349,8 @@ class Trainer:
             if train:
                 values |= self.weights.update(step)
                 require_finite("gradient norm", values["grad_norm"], step, self.stage, rate)
+            if parallel.size() > 1:
+                values["bytes_sent"] = parallel.bytes_sent() - sent
             self.done = step + 1
             yield Step(self.stage, self.done, self.steps, values)
 

@@ -7,7 +7,6 @@ file and then loading strictly, so nothing is ever re-initialised in silence.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bundled, packed
-from .store import VARIANT_RECORD, read_json, write_atomic, write_json
+from . import bundled, packed, parallel
+from .model_check import UNBUILDABLE, ModelError, check_config
+from .store import VARIANT_RECORD, write_atomic, write_json
+from .untrusted import UntrustedError, one_line, read_json, require_header, shown
 
+MOST_PRUNED_AWAY = 100  # times; a target is at most 90 %, rounds may follow one another
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = "model_index.json"
 FETCHED = ["*.json", "*diffusion_pytorch_model*.safetensors"]  # of a model on the hub: nothing else
 LOADER = Path(__file__).with_name("pruned_unet.py")  # goes beside weights of free widths
-
-
-class ModelError(ValueError):
-    """A model that is missing, unsafe or of an unknown kind, in one line with the remedy."""
 
 
 @dataclass
@@ -77,7 +75,7 @@ def require_pixels(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         others = [key for key in index if key[0] != "_" and key not in ("unet", "scheduler")]
     except (OSError, ValueError, TypeError, IndexError) as error:
         raise ModelError(f"{path} cannot be read ({_line(error)}); restore it or give the unet folder") from error
@@ -89,16 +87,14 @@ def require_pixels(folder: Path) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a UNet folder; ModelError where it is unreadable or of a kind that is not supported."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    if not (folder / "config.json").is_file():
         raise ModelError(
-            f"model folder {folder} has no readable config.json ({error.__class__.__name__}); "
-            "give a folder written by diffusers' save_pretrained"
-        ) from error
-    kind = config.get("_class_name") if isinstance(config, dict) else "file that is no model config"
+            f"model folder {folder} has no readable config.json; give a folder written by diffusers' save_pretrained"
+        )
+    config = check_config(folder / "config.json")
+    kind = config.get("_class_name")
     if kind not in ("UNet2DModel", "PrunedUNet"):
-        raise ModelError(f"model folder {folder} holds a {kind}; only UNet2DModel is supported")
+        raise ModelError(f"model folder {folder} holds a {shown(kind)}; only UNet2DModel is supported")
     if config.get("class_embed_type") or config.get("num_class_embeds"):
         raise ModelError(f"model folder {folder} is class-conditional; only unconditional UNets are supported")
     if config.get("out_channels", 3) != config.get("in_channels", 3):
@@ -123,11 +119,31 @@ def load_unet(folder: Path) -> nn.Module:
     try:
         from .pruned_unet import build  # late: it imports diffusers
 
+        require_likely_size(config, sum(tensor.numel() for tensor in tensors.values()))
         return build(config, tensors)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"model folder {folder} cannot be read ({_line(error)})") from error
+    except ModelError:
+        raise
     except RuntimeError as error:
         raise ModelError(f"weights in {folder} do not fit config.json ({_line(error)})") from error
+    except (ValueError, TypeError, *UNBUILDABLE) as error:
+        raise ModelError(
+            f"model folder {folder} cannot be read: its config.json builds no UNet2DModel "
+            f"({type(error).__name__}: {_line(error)})"
+        ) from error
+
+
+def require_likely_size(config: dict[str, Any], weights: int) -> None:
+    """ModelError where a config would build far more than a file holds: so much is never pruned away."""
+    from diffusers import UNet2DModel
+
+    from .pruned_unet import public
+
+    with torch.device("meta"):
+        wanted = parameters(UNet2DModel.from_config(public(config)))
+    if wanted > MOST_PRUNED_AWAY * weights + 1_000_000:
+        raise ModelError(
+            f"config.json builds {wanted:,} parameters and the file holds {weights:,}; give the config of these weights"
+        )
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -141,8 +157,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in complete_files(folder):
         try:
+            require_header(file)
             tensors |= load_file(file)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, UntrustedError) as error:
             raise ModelError(f"{file} cannot be read ({_line(error)}); restore it or save the model again") from error
     return tensors
 
@@ -172,8 +189,9 @@ def load_packed(path: Path) -> Diffusion:
     try:
         from .pruned_unet import build  # late: it imports diffusers
 
+        require_likely_size(config["unet"], sum(tensor.numel() for tensor in tensors.values()))
         return Diffusion(build(config["unet"], tensors), _scheduler(config["scheduler"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, *UNBUILDABLE) as error:
         raise ModelError(f"{path} holds no UNet2DModel with its scheduler ({_line(error)}); export it again") from error
 
 
@@ -210,7 +228,7 @@ def follows_config(unet: nn.Module) -> bool:
 
 
 def resolve_device(name: str) -> torch.device:
-    """A recipe's device; ModelError says what is missing."""
+    """A recipe's device, of this rank; ModelError says what is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
@@ -220,7 +238,7 @@ def resolve_device(name: str) -> torch.device:
             raise ModelError(f"device={name}: this machine has {count} CUDA devices; use device: auto")
     if name == "mps" and not torch.backends.mps.is_available():
         raise ModelError("device=mps: no Apple GPU is available here; use device: auto")
-    return torch.device(name)
+    return parallel.own_device(torch.device(name))
 
 
 def parameters(unet: nn.Module) -> int:
@@ -276,13 +294,14 @@ def _load_scheduler(folder: Path):
     path = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
     if path is None:
         return DDPMScheduler()
+    config = check_config(path / "scheduler_config.json")
     try:
-        return _scheduler(json.loads((path / "scheduler_config.json").read_text(encoding="utf-8")))
+        return _scheduler(config)
     except KeyError as error:
         raise ModelError(
-            f"{path} holds a {error.args[0]}; save the model with a DDPMScheduler or a DDIMScheduler"
+            f"{path} holds a {shown(error.args[0])}; save the model with a DDPMScheduler or a DDIMScheduler"
         ) from error
-    except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, *UNBUILDABLE) as error:
         raise ModelError(f"{path}/scheduler_config.json cannot be read ({_line(error)})") from error
 
 
@@ -298,4 +317,4 @@ def _scheduler(config: dict[str, Any]) -> Any:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
+    return one_line(error, 160)

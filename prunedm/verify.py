@@ -7,7 +7,6 @@ layers are looked at under one pattern (2:4 unless told otherwise).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from .masked_unet import EXCLUDED
 from .stage_recipes import Pattern, parse_pattern
 from .store import MASKS, VARIANT_RECORD
 from .unet import read_weights
+from .untrusted import UntrustedError, one_line, read_json, require_header
 
 CLAIMED = Pattern(2, 4)
 TABLES = ("time_proj.weight", "class_embedding.weight")  # embeddings: no input channels
@@ -148,10 +148,11 @@ def _is_plain(path: Path) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_header(path)
         with safe_open(path, "pt") as file:
             is_packed = any(name.endswith(".codes") for name in file.keys())  # noqa: SIM118
             return not is_packed and "manifest" not in (file.metadata() or {})
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, UntrustedError):
         return False  # packed.manifest says what is wrong
 
 
@@ -192,7 +193,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise VerifyError(f"{path} cannot be read ({error.__class__.__name__}); export the model again") from error
     if not isinstance(found, dict):
@@ -205,9 +206,10 @@ def _load(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        require_header(file)
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise VerifyError(f"{file} cannot be read ({error}); restore it or export the model again") from error
+    except (SafetensorError, OSError, UntrustedError) as error:
+        raise VerifyError(f"{file} cannot be read ({one_line(error)}); restore it or export the model again") from error
 
 
 def _layers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

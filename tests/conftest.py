@@ -63,10 +63,11 @@ def cache_folder(tmp_path_factory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_magic() -> None:
+def configured() -> None:
     """As app/.streamlit/config.toml says, which AppTest does not read."""
     from streamlit import config
 
+    config.set_option("server.address", "127.0.0.1")
     config.set_option("runner.magicEnabled", False)
 
 

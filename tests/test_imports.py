@@ -9,23 +9,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
-    "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "giveway", "records", "owner", "bundled", "files",
-    "jsonl", "store",
-    "system", "glossary", "cache", "devices", "comparison", "shelf",
-    "progress", "snapshots", "pictures", "pattern", "steps", "charts", "model_charts", "packed",
-    "pruned_unet", "unet", "sources", "data", "ledger", "diffusion", "masks", "masked_unet", "maskfile", "training",
+    "untrusted", "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "giveway", "records", "parallel",
+    "owner", "bundled", "files", "jsonl", "redact", "logs", "password", "store", "shared_run", "system", "glossary",
+    "cache", "devices", "comparison", "shelf", "progress", "snapshots", "pictures", "pattern", "steps", "charts",
+    "model_charts", "packed", "model_check", "pruned_unet", "unet", "sources", "data", "ledger", "diffusion", "masks",
+    "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",
     "importance", "mask_methods", "reinforce", "learn", "diagnostics", "allocate",
     "onnx_graph", "semi_structured", "verify", "subject", "sizes", "extractors", "metrics", "faithfulness", "samples",
-    "quality", "environment", "evaluate",
+    "quality", "environment", "support", "evaluate",
     "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_page",
     "model_card", "inputs", "forecast", "imports", "import_zip", "mask_stage", "outline", "upkeep",
-    "plan_model", "calibration", "plan", "stages", "pipeline", "pretrain", "jobs",
+    "plan_model", "calibration", "plan", "stages", "pipeline", "pretrain", "jobs", "cluster",
     "onnx_int8", "onnx_export", "export", "seed_sheets", "judging",
     "sweep_ranges", "sweep_spec", "sweep_trials", "sweep_sampler", "sweep", "sweep_watch", "sweep_worker",
     "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "control_commands",
-    "shelf_commands", "plan_command",
-    "sweep_commands", "__main__",
+    "shelf_commands", "plan_command", "sweep_commands", "lab_command", "__main__",
 ]  # fmt: skip
 
 

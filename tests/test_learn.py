@@ -332,7 +332,10 @@ def test_without_normalising_the_advantage_is_the_papers():
     learner = learn.ReinforceMasks(masked_unet(), Mask(method="reinforce", normalize_advantage=False), 1, 0)
     residual, bins = torch.tensor([0.2, 0.4]), torch.tensor([0, 9])
     learner.tracker[0] = 0.1
-    assert learner._advantage(residual, bins) == pytest.approx((0.2 - 0.1 + 0.4) / 2)
+    batch = diffusion.NoisedBatch(residual, bins, residual)
+    counts = torch.bincount(bins, minlength=10)
+    found = learner._measure(batch, residual, residual + 1, bins, counts)
+    assert found == pytest.approx((1.3, 0.3, (0.2 - 0.1 + 0.4) / 2))
     assert learner.tracker[0].item() == pytest.approx(0.1 + 0.01 * 0.1)
     assert learner.tracker[9].item() == pytest.approx(0.01 * 0.4)
 

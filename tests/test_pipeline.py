@@ -281,9 +281,9 @@ def test_without_memory_a_smaller_batch_is_offered(tmp_path, micro, monkeypatch,
     state = run.state()
     assert "halve data.batch_size" in state.error
     assert state.remedy == {"data.batch_size": run.recipe().data.batch_size // 2}
-    assert failure.remedy(error, run.recipe(), "prune") == {
-        "prune.calibration_images": run.recipe().prune.calibration_images // 2
-    }
+    calibrated = micro(prune={"method": "taylor", "calibration_images": 8})
+    assert failure.remedy(error, calibrated, "prune") == {"prune.calibration_images": 4}
+    assert failure.remedy(error, run.recipe(), "prune") == {}  # magnitude looks at no images
     monkeypatch.undo()
     assert pipeline.execute(run) == "done" and run.state().remedy == {}
 

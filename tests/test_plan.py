@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor
 
-from prunedm import calibration, devices, outline, plan, plan_model, structured, upkeep
+from prunedm import calibration, devices, outline, plan, plan_model, structured
 from prunedm import recipe as recipes
 from prunedm import unet as unets
 from prunedm.__main__ import main

@@ -13,7 +13,7 @@ import browser
 import pytest
 import torch
 
-from prunedm import figures, model_charts, pictures, recipe, report, report_html, report_page, store
+from prunedm import comparison, figures, model_charts, pictures, recipe, report, report_html, report_page, store
 from prunedm.comparison import Judged
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<b>"
@@ -148,11 +148,15 @@ def test_only_core_figures_are_shown_as_absent():
 
 def test_every_figure_says_its_conditions_and_its_spread():
     rows = dict(report.figure_rows({"dense": figures_of("dense"), "nm": figures_of("nm", 0.5)}))
-    assert rows["FD-fashion (128 images; ± deviation over the images)"]["nm"] == "2.000 ± 0.050 (+100.0%)"
-    assert rows["KD-fashion (128 images; 95 % interval)"]["nm"] == "0.01000 [-0.00200 to 0.02000] (+0.00000)"
-    assert rows["SSIM to dense (64 pairs of the same seed; 95 % interval)"] == {
+    how = "ddim, 10 steps, seed 3"
+    assert rows[f"FD-fashion (128 images; {how}; ± deviation over the images)"]["nm"] == "2.000 ± 0.050 (+100.0%)"
+    assert rows[f"KD-fashion (128 images; {how}; 95 % interval)"]["nm"] == "0.01000 [-0.00200 to 0.02000] (+0.00000)"
+    assert rows[f"SSIM to dense (64 pairs of the same seed; {how}; 95 % interval)"] == {
         "dense": "n/a", "nm": "0.8000 [0.7000 to 0.9000]",
     }  # fmt: skip
+    made = [label for label in rows if re.match("FD|KD|IS|SSIM|PSNR|Feature|precision|recall", label)]
+    assert len(made) == 8 and all(how in label and re.search(r"\d+ (images|pairs)", label) for label in made)
+    assert "Validation loss (512 held-out images, seed 3; 95 % interval)" in rows
     latency = next(label for label in rows if label.startswith("Latency"))
     assert "measured" in latency and "cpu, float32, batch 8" in latency
     memory = next(label for label in rows if label.startswith("Peak memory"))
@@ -181,9 +185,44 @@ def test_only_inceptions_figures_are_called_fid_and_kid(extractor, label, expect
 def test_models_judged_otherwise_get_rows_of_their_own_and_no_difference():
     dense, other = figures_of("dense"), figures_of("nm") | {"fid_images": 64, "device": "gpu", "fid_std": None}
     rows = dict(figures.rows([Judged("a", dense), Judged("b", other, dense=dense)]))
-    assert rows["FD-fashion (64 images)"] == ["n/a", "1.000"]
+    assert rows["FD-fashion (64 images; ddim, 10 steps, seed 3)"] == ["n/a", "1.000"]
     assert sum(label.startswith("Latency") for label in rows) == 2
     assert next(cells for label, cells in rows.items() if "gpu" in label)[1].startswith("10.0 [9.0 to 12.0]")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"sampler": "ddpm"}, {"steps": 11}, {"seed": 4}, {"eta": 0.5}, {"extractor": "inception"}, {"data": "y"}],
+)
+def test_no_two_conditions_share_a_row_of_quality(changes):
+    dense = figures_of("dense")
+    other = figures_of("nm") | {"sampling": SAMPLING | changes}
+    found = figures.rows([Judged("a", dense), Judged("b", other, dense=dense)])
+    for key in ("FD|FID", "KD|KID", "precision", "recall", "IS"):
+        cells = [row for label, row in found if re.match(f"({key})[ C-]", label)]
+        assert len(cells) == 2 and all("n/a" in row for row in cells), key
+        assert "(" not in "".join(cells[0] + cells[1]), "no difference from dense across conditions"
+
+
+def test_losses_of_another_task_do_not_compare():
+    dense = figures_of("dense")
+    for changes in ({"prediction_type": "v_prediction"}, {"timesteps": 100}, {"sampling": SAMPLING | {"seed": 4}}):
+        assert comparison.efficiency(Judged("b", figures_of("nm") | changes, dense=dense))["validation_loss"] is None
+    same = Judged("b", figures_of("nm") | {"prediction_type": "epsilon"}, dense=dense)
+    assert comparison.efficiency(same)["validation_loss"] == 1.0, "records from before it was kept predict the noise"
+    label = next(n for n, _ in figures.rows([Judged("v", dense | {"prediction_type": "v_prediction"})]) if "loss" in n)
+    assert "predicts v_prediction" in label
+
+
+def test_a_noise_floor_names_its_extractor_and_how_its_samples_were_made():
+    dense = figures_of("dense")
+    head, rows = figures.floor_table([Judged("a", dense)])
+    assert head[2:6] == ["FD-fashion", "KD-fashion", "precision-fashion", "recall-fashion"]
+    assert [row[-1] for row in rows] == ["ddim, 10 steps, seed 3", "not sampled"]
+    inception = dense | {"fid_extractor": "FID", "sampling": SAMPLING | {"extractor": "inception"}}
+    head, rows = figures.floor_table([Judged("a", dense), Judged("b", inception)])
+    assert head[2] == "Frechet distance" and [row[2].split()[0] for row in rows] == ["FD-fashion"] * 2 + ["FID"] * 2
+    assert figures.floor_table([Judged("c", figures_of("nm"))]) is None
 
 
 def test_figures_fit_the_words_of_the_record():
@@ -203,20 +242,23 @@ def read_csv(text: str) -> list[dict[str, str]]:
 def test_csv_round_trips_with_a_header_that_never_changes(run):
     judged = report_page.of_run(run)
     found = read_csv(report.csv_text(judged))
-    assert list(found[0]) == list(report.COLUMNS) == list(read_csv(report.csv_text([Judged("x", OLD)]))[0])
+    head = list(map(report.column, report.COLUMNS))
+    assert list(found[0]) == head == list(read_csv(report.csv_text([Judged("x", OLD)]))[0])
+    assert not [name for name in head if re.search(r"(^|[._])(fid|kid|isc)([._]|$)", name)], "Inception's names"
     nm = found[2]
     assert (nm["run"], nm["variant"], nm["sampling.sampler"], nm["sampling.seed"]) == (run.id, "nm", "ddim", "3")
     for key in ("fid", "kid_low", "latency_ms_p90", "sizes.packed_fp16", "macs_sparse", "compliance"):
-        assert float(nm[key]) == judged[2].get(key), key
-    assert float(nm["ratio.compression"]) == 2.0 and nm["front.fid.macs"] == "yes"
-    assert float(found[0]["noise_floor.samples.kid_low"]) == -0.002
+        assert float(nm[report.column(key)]) == judged[2].get(key), key
+    assert float(nm["ratio.compression"]) == 2.0 and nm["front.frechet_distance.macs"] == "yes"
+    assert float(found[0]["noise_floor.samples.kernel_distance_low"]) == -0.002
+    assert nm["frechet_distance_extractor"] == "FD-fashion"
     assert found[0]["ssim"] == "" and found[0]["ratio.macs"] == "", "absent is empty"
 
 
 @pytest.mark.parametrize("label", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
 def test_csv_runs_no_formula_of_a_label(label):
     found = read_csv(report.csv_text([Judged(label, OLD | {"kid": -0.5})]))
-    assert found[0]["label"] == "'" + label.replace("\r", " ") and found[0]["kid"] == "-0.5"
+    assert found[0]["label"] == "'" + label.replace("\r", " ") and found[0]["kernel_distance"] == "-0.5"
 
 
 def test_csv_keeps_commas_quotes_and_lines_in_a_label():
@@ -529,7 +571,7 @@ def test_a_figures_cell_has_its_interval_and_difference_beneath():
 def test_close_points_have_their_names_apart():
     models = [model_charts.Model("a"), model_charts.Model("b"), model_charts.Model("c")]
     figure = model_charts.pareto(models, [(1, 1.0), (1.1, 1.05), (9, 0.1)], [True, False, True], ("x", "y"), "v")
-    assert [t["textposition"] for t in figure["data"][1:]] == ["bottom right", "top right", "top left"]
+    assert [t["textposition"] for t in figure["data"][1:]] == ["bottom right", "top right", "bottom left"]
     assert (figure["data"][0]["x"], figure["data"][0]["y"]) == ([1, 9], [1.0, 0.1]), "the line joins the front alone"
 
 

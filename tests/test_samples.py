@@ -101,3 +101,5 @@ def test_large_images_come_in_small_chunks(monkeypatch):
     model = Diffusion(make_unet(sample_size=256), DDPMScheduler())
     assert samples.SampleSet(model, "model", Eval()).size == 4
     assert samples.SampleSet(Diffusion(make_unet(sample_size=1024), DDPMScheduler()), "m", Eval()).size == 1
+    whole = samples.SampleSet(Diffusion(make_unet(sample_size=100), DDPMScheduler()), "m", Eval())
+    assert whole.size == 24, "whole calls of 8, where 26 images would have the pixels"

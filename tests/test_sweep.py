@@ -15,13 +15,13 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from prunedm import recipe as recipes
-from prunedm import store, strict_yaml, sweep, sweep_sampler, sweep_spec, sweep_worker
+from prunedm import store, strict_yaml, sweep, sweep_sampler, sweep_spec
 from prunedm.__main__ import main
-from prunedm.jobs import Jobs
+from prunedm.jobs import Jobs, through
 from prunedm.recipe import RecipeError
 from prunedm.records import Step
 from prunedm.sweep_spec import SweepError
-from prunedm.sweep_watch import Watch, follow
+from prunedm.sweep_watch import Watch
 from prunedm.sweep_worker import Worker
 
 
@@ -270,9 +270,8 @@ def test_the_lab_s_queue_executes_trials(tmp_path, monkeypatch):
 
     fake = Fake(lambda run, step: time.sleep(0.01))
     monkeypatch.setattr(pipeline, "execute", fake)
-    monkeypatch.setattr(sweep_worker, "follow", lambda *given: follow(*given, poll=0.02))
     study = sweep.start(spec(trials=3, objectives={"cost": "none"}), tmp_path)
-    assert work(study, tmp_path, sweep_worker.through(Jobs(tmp_path))) == "done"
+    assert work(study, tmp_path, through(Jobs(tmp_path), poll=0.02)) == "done"
     assert states(study) == ["complete"] * 3 and len(fake.runs) == 3
     assert [len(trial.intermediate_values) for trial in study.trials] == [4] * 3
 

@@ -108,7 +108,7 @@ def runs(tmp_path, monkeypatch):
 def fake(runs, monkeypatch):
     """What executes the trials that the page starts."""
     one = Fake()
-    monkeypatch.setattr(sweep_worker, "through", lambda jobs: one)
+    monkeypatch.setattr(sweeps, "through", lambda jobs: one)
     yield one
     one.hold.set()
     for thread in threading.enumerate():

@@ -1,0 +1,332 @@
+"""Many runs on many machines: each run is a Ray task, and Ray queues, places and retries it.
+
+The run folder is all that the machines share (a network file system): whoever works on a run writes there what the
+lab and the command line read, and is told to stop or to pause through it. A task whose worker or machine dies is
+started again by Ray and goes on from the run's last checkpoint. Ray itself is imported late: it is an optional extra.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import store
+from .jobs import load_engine, made, require_inputs
+from .recipe import Recipe
+from .records import RunState
+from .store import Run, StoreError
+
+INSTALL = "the executor ray needs packages that are not here; install them: make cluster"
+LOCAL = "local"  # the address of a cluster of this machine alone, which lives as long as this process
+ROOT = Path(__file__).resolve().parents[1]
+RETRIES = 3  # of a run whose worker died
+PATIENCE = 60.0  # seconds that a worker waits for the one before it to be gone
+LOOK_EVERY, BEAT_EVERY = 0.5, 30.0  # seconds between two looks at the tasks, and two signs of life of those that wait
+STARTING = 120.0  # seconds for a cluster to start or to answer
+SENT, LOST = "sent", "worker_lost"  # events of a run
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",  # else it ends this process a minute after the cluster is gone
+}
+
+
+class ClusterError(ValueError):
+    """A cluster that cannot be used, in one line."""
+
+
+def require_ray() -> None:
+    """:class:`ClusterError` where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ClusterError(INSTALL)
+
+
+class RayExecutor:
+    """Runs of this process that are tasks on a Ray cluster: an Executor as jobs.py defines it.
+
+    address: as ``ray.init`` takes it (``auto``, ``host:6379``, ``ray://host:10001``), or LOCAL. A cluster that this
+    process is connected to already is used as it is. The tasks are this process's: when it ends, so do they, and
+    their runs can be resumed. :class:`ClusterError` when Ray is not installed or the cluster does not answer.
+    """
+
+    def __init__(self, runs_dir: Path, address: str = LOCAL) -> None:
+        require_ray()
+        store.check_writable(runs_dir)
+        self.runs_dir, self.address = runs_dir.absolute(), address
+        self._tasks: dict[str, Any] = {}  # run id to the reference of its task
+        self._waiting: list[str] = []
+        self._lock = threading.RLock()
+        self._closing, self._ready = threading.Event(), threading.Event()
+        self._fault = ""
+        for name, value in RAY_SETTINGS.items():
+            os.environ.setdefault(name, value)  # read when ray is imported
+        self._thread = threading.Thread(target=self._watch, name="prunedm-ray", daemon=True)
+        self._thread.start()
+        if not self._ready.wait(STARTING):
+            self._fault = f"no answer within {STARTING:.0f} s"
+        if self._fault:
+            self._closing.set()
+            raise ClusterError(f"the Ray cluster {address} cannot be used ({self._fault}); check it with: ray status")
+
+    # --- as an Executor ------------------------------------------------------------------------
+    def submit(self, recipe: Recipe) -> Run:
+        """Queue a new run. ValueError in one line when the recipe cannot run."""
+        require_reserved(recipe)
+        load_engine()
+        require_inputs(recipe, self.runs_dir, is_here=False)
+        run = made(recipe, self.runs_dir)
+        self.put(run)
+        return run
+
+    def resume(self, run: Run) -> None:
+        """Queue a stopped, failed or interrupted run again."""
+        require_reserved(run.recipe())
+        with self._lock:
+            if run.id in self._tasks:
+                raise StoreError(f"run {run.id} is {run.state().status} on the cluster; it cannot be resumed")
+            run.take()
+            self.put(run)
+
+    def stop(self, run: Run) -> None:
+        """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
+        if not self._take_out(run):
+            run.request_stop()
+
+    def position(self, run_id: str) -> int | None:
+        """Place among the waiting runs of this process; None when it does not wait."""
+        with self._lock:
+            return self._waiting.index(run_id) + 1 if run_id in self._waiting else None
+
+    def held(self) -> list[str]:
+        """Ids of the runs that wait or are worked on."""
+        with self._lock:
+            return list(self._tasks)
+
+    def close(self) -> None:
+        """Let go of the cluster. Runs that are worked on are interrupted where it was LOCAL."""
+        self._closing.set()
+        self._thread.join(timeout=30)
+
+    # --- tasks ---------------------------------------------------------------------------------
+    def put(self, run: Run) -> None:
+        """Make a task of a run that is claimed as *queued* by this process."""
+        import ray
+
+        wanted = run.recipe().resources
+        if not _fits(ray.nodes(), wanted.cpus, wanted.gpus):
+            text = f"no machine of the cluster has {wanted.cpus} CPUs and {wanted.gpus:g} GPUs: the run waits for one"
+            run.event("alert", stage="", step=0, what="no such machine", text=text, remedy="ask for less in resources")
+            run.log(f"ALERT: {text}")
+        run.event(SENT, executor="ray", cpus=wanted.cpus, gpus=wanted.gpus)
+        run.log(f"sent to Ray: {wanted.cpus} CPUs, {wanted.gpus:g} GPUs")
+        task = self._task.options(
+            name=f"prunedm {run.id}",
+            num_cpus=wanted.cpus,
+            num_gpus=wanted.gpus,
+            max_retries=RETRIES,
+            runtime_env={"env_vars": _environment(wanted.gpus)},
+        )
+        with self._lock:
+            self._waiting.append(run.id)
+            self._tasks[run.id] = task.remote(str(run.folder.absolute()))
+
+    def _take_out(self, run: Run) -> bool:
+        """End a run that no worker holds; False when one does, or when it is none of this process's."""
+        import ray
+
+        with self._lock:
+            task = self._tasks.get(run.id)
+            if task is None:
+                return False
+            try:
+                with run.lock():
+                    state = run.state()
+                    if state.status not in ("queued", "stopping", "interrupted"):
+                        return False
+                    run.end(state, "stopped", None)
+            except StoreError:  # a worker has the lock
+                return False
+            ray.cancel(task)  # one that began meanwhile finds its run stopped
+            self._forget(run.id)
+            return True
+
+    def _forget(self, run_id: str) -> None:
+        with self._lock:
+            self._tasks.pop(run_id, None)
+            if run_id in self._waiting:
+                self._waiting.remove(run_id)
+
+    # --- the thread that watches ---------------------------------------------------------------
+    def _watch(self) -> None:
+        """Connects, and then looks at all tasks until closed. Ray's processes live no longer than the thread that
+        started them, so that no page's thread may."""
+        import ray
+
+        is_ours = not ray.is_initialized()
+        if is_ours and not self._connect():
+            return
+        self._task = ray.remote(work)
+        self._ready.set()
+        beaten = time.monotonic()
+        while not self._closing.wait(LOOK_EVERY):
+            self._look_at_tasks()
+            if time.monotonic() - beaten > BEAT_EVERY:
+                beaten = time.monotonic()
+                self._beat()
+        if is_ours:
+            ray.shutdown()
+
+    def _connect(self) -> bool:
+        import ray
+
+        own: dict[str, Any] = {"include_dashboard": False} if self.address == LOCAL else {}
+        try:
+            ray.init(address=self.address, log_to_driver=False, logging_level="error", **own)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # a refusal is an OSError
+            self._fault = " ".join(str(error).split())[:200] or type(error).__name__
+            self._ready.set()
+            return False
+        return True
+
+    def _look_at_tasks(self) -> None:
+        import ray
+
+        with self._lock:
+            tasks = dict(self._tasks)
+        if not tasks:
+            return
+        ended = set(ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=0)[0])
+        for run_id, task in tasks.items():
+            run = Run(self.runs_dir / run_id)
+            with suppress(OSError, StoreError):  # its folder is gone or full: the others are looked at all the same
+                if task in ended:
+                    self._conclude(run, task)
+                else:
+                    self._look_at(run)
+            if task in ended:
+                self._forget(run_id)
+
+    def _look_at(self, run: Run) -> None:
+        """Where a run is that Ray has not ended: waiting, worked on, or lost with its worker."""
+        state = run.state()
+        if state.status == "interrupted" and self._is_lost(run):
+            return
+        with self._lock:
+            if state.status in ("running", "paused") and run.id in self._waiting:
+                self._waiting.remove(run.id)
+        if run.id in self._waiting and run.stop_requested():
+            self._take_out(run)
+
+    def _is_lost(self, run: Run) -> bool:
+        """Whether a run's worker died; the run is then among those that wait."""
+        import ray
+
+        try:
+            with run.lock():
+                state = run.state()
+                if state.status != "interrupted":
+                    return False
+                if not take_back(run, state):
+                    with self._lock:
+                        ray.cancel(self._tasks[run.id])
+                    self._forget(run.id)
+                    return True
+        except StoreError:  # another worker has it by now
+            return False
+        with self._lock:
+            if run.id not in self._waiting:
+                self._waiting.insert(0, run.id)
+        return True
+
+    def _conclude(self, run: Run, task: Any) -> None:
+        """A task ended; where it did not end its run, say why."""
+        import ray
+
+        try:
+            ray.get(task)
+            return
+        except ray.exceptions.TaskCancelledError:
+            return  # its run is stopped
+        except ray.exceptions.RayTaskError as error:  # the folder is gone, locked or full, or its code is not ours
+            status, cause = "failed", f"the task failed on the cluster: {_last_line(error)}"
+        except ray.exceptions.RayError as error:
+            status, cause = "interrupted", f"its workers died {RETRIES + 1} times ({_last_line(error)})"
+        with run.lock():
+            state = run.state()
+            if state.status not in ("done", "stopped", "failed"):
+                run.end(state, status, f"{cause}; mend that and resume")
+
+    def _beat(self) -> None:
+        """Runs that wait are this process's: other machines are to see that it lives."""
+        with self._lock:
+            waiting = list(self._waiting)
+        for run_id in waiting:
+            with suppress(OSError):
+                Run(self.runs_dir / run_id).beat()
+
+
+# --- on the machine that works -------------------------------------------------------------------
+def work(folder: str) -> str:
+    """The Ray task: run, or go on with, the run in this folder; returns its final status."""
+    load_engine()
+    from . import pipeline
+
+    run = Run(Path(folder))
+    with run.lock(PATIENCE):
+        state = run.state()
+        if state.status in ("done", "stopped", "failed"):
+            return state.status  # stopped while it waited
+        if state.status not in ("queued", "stopping") and not take_back(run, state):
+            return "interrupted"
+        run.claim(state, "queued")  # by this process from here on
+        return pipeline.work(run)
+
+
+def take_back(run: Run, state: RunState) -> bool:
+    """A run whose worker died waits for another one, if there were not too many before. The run's lock is held."""
+    run.event(LOST, host=state.host, pid=state.pid)
+    events = run.events()
+    sent = max((i for i, event in enumerate(events) if event["kind"] == SENT), default=0)
+    lost = sum(event["kind"] == LOST for event in events[sent:])
+    if lost > RETRIES:  # Ray itself would retry for ever a task that uses all memory
+        cause = f"its worker died {lost} times, the last one on {state.host}; give it more memory, or smaller batches"
+        run.end(state, "interrupted", f"{cause}, and resume")
+        run.log(cause)
+        return False
+    run.log(f"its worker on {state.host} died; another one goes on from the last checkpoint ({lost} of {RETRIES})")
+    run.claim(state, "queued")
+    return True
+
+
+def require_reserved(recipe: Recipe) -> None:
+    """:class:`ClusterError` when a run would use a GPU that it does not reserve."""
+    device, gpus = recipe.device, recipe.resources.gpus
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= math.ceil(gpus):
+        raise ClusterError(
+            f"device={device} is not among the GPUs that resources.gpus={gpus:g} reserves; set "
+            f"resources.gpus={int(number or 0) + 1}, or device=auto"
+        )
+
+
+def _fits(nodes: list[dict[str, Any]], cpus: int, gpus: float) -> bool:
+    """Whether a machine of the cluster has so much, used or not."""
+    have = [node["Resources"] for node in nodes if node["Alive"]]
+    return any(one.get("CPU", 0) >= cpus and one.get("GPU", 0) >= gpus for one in have)
+
+
+def _environment(gpus: float) -> dict[str, str]:
+    """What a worker's process is to see: this code, and no GPU that it did not reserve."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def _last_line(error: BaseException) -> str:
+    """What an error says at its end: Ray puts the whole trace of the other machine before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:200] if lines else type(error).__name__
