@@ -43,7 +43,7 @@ M0_BYTES = 10.0  # a prunable weight: dense weight, mask and m0, and the scores 
 NOT_COUNTED = [
     "reading data, previews, checkpoints and the cut of stage 1",
     "the feature network, the distances and the timing of the evaluation",
-    "workspaces of convolutions on a GPU, what an allocator wastes, and what a driver or a CUDA context takes for itself",
+    "what an allocator wastes, and on a GPU workspaces of convolutions and what the driver takes for itself",
     "latency of messages, and traffic between machines, whose links are slower",
 ]
 
