@@ -54,8 +54,8 @@ STEPS = {  # the plan's stage -> the mask method that its steps use, and whether
     "evaluate": (None, False),
 }
 HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-LARGE = ("sd15", "sdxl")
-MIB, GIB = 2**20, 2**30
+SIZES = ("bundled", "cifar10", "celebahq", "sd15", "sdxl")
+MIB = 2**20
 
 
 def main() -> None:
@@ -85,6 +85,8 @@ def asked(name: str, batch: int, precision: str, method: str = "gumbel") -> reci
 def dense(name: str) -> outline.Outline:
     if name == "bundled":
         return outline.find("bundled")
+    if name in architectures.CONDITIONED:
+        return outline.build(architectures.conditioned(name))
     return outline.build(architectures.CONFIGS[name] | {"_class_name": "UNet2DModel"})
 
 
@@ -219,18 +221,28 @@ def grown(name: str, given: argparse.Namespace, here: devices.Device) -> str:
 
 
 def large() -> str:
-    """Stable Diffusion's UNets on eight H100: predicted from published peaks, and what the planning itself took."""
-    parts = []
-    for name in LARGE:
+    """Models of all sizes on eight H100: predicted from published peaks, and what the planning itself took."""
+    plans, rows = {}, []
+    for name in SIZES:
         before, began = psutil.Process().memory_info().rss, time.perf_counter()
-        start = outline.build(architectures.conditioned(name))
-        setting = plan_model.Setting(devices.published("h100"), 8)
-        found = {"model_source": name} | plan.make(asked(name, 64, "auto"), start, setting)
+        plans[name] = plan.make(
+            asked(name, 64, "auto"), dense(name), plan_model.Setting(devices.published("h100"), 8)
+        )  # fmt: skip
         took, grew = time.perf_counter() - began, psutil.Process().memory_info().rss - before
-        held = f"planned in {took:.1f} s, with {grew / MIB:.0f} MiB more resident memory"
-        parts.append(f"\n{name}: {held} ({start.parameters * 4 / GIB:.2f} GiB of weights in fp32)\n")
-        parts.append(described(found))
-    return "\n".join(parts)
+        rows.append([*sized(name, plans[name]), f"{took:.1f}", mib(grew)])
+    head = ["model", "parameters", "G MACs", "s a step at least", "+ communication", "sent", "memory: fine-tuning",
+            "gumbel", "s to plan", "MiB more to plan"]  # fmt: skip
+    return f"\nSizes, 64 images on 8 H100, after stage 1\n\n{table(head, rows)}\n\nsd15\n\n{described(plans['sd15'])}"
+
+
+def sized(name: str, found: dict) -> list[str]:
+    """A model's fine-tuning step, and the memory of its mask step."""
+    model, by_stage = found["model"], {row["stage"]: row for row in found["stages"] if "loss under" not in row["what"]}
+    step = by_stage["finetune"]
+    held = (plan_command.size(by_stage[stage]["memory_bytes"]) for stage in ("finetune", "mask"))
+    counts = f"{model['structured_parameters']:,}", f"{model['structured_macs'] / 1e9:.4g}"
+    times = f"{step['compute']:.3g}", f"{step['communication']:.2g}"
+    return [name, *counts, *times, plan_command.size(step["sent"]), *held]
 
 
 def described(found: dict) -> str:

@@ -234,8 +234,8 @@ class Planner:
         others = (self.recipe.prune.target > 0) + (self.recipe.mask.method != "none")
         each = [seconds(costs.at(batch), self.setting) for costs in (self.dense_call, self.call)]
         compute = (dense * each[0] + others * each[1]) / max(1, dense + others)
-        largest, costs = (self.dense, self.dense_call) if dense else (self.structured, self.call)
-        fixed, steps = (FP32 * largest.parameters, 0.0), calls * (dense + others)
+        model, costs = (self.dense, self.dense_call) if dense else (self.structured, self.call)
+        fixed, steps = (FP32 * model.parameters, 0.0), calls * (dense + others)
         return self._stage(("evaluate", what), steps, batch, compute, fixed, lambda b: costs.at(b).peak)
 
     # --- how costs grow ---
