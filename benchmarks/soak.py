@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/soak.py load                              about eight minutes
     .venv/bin/python benchmarks/soak.py load --sessions 3 --seconds 20    a try
-    .venv/bin/python benchmarks/soak.py soak                              about half an hour
+    .venv/bin/python benchmarks/soak.py soak                              a hundred jobs
     .venv/bin/python benchmarks/soak.py soak --jobs 5 --warm 2            a try
 
 load   websocket sessions watch one training job in the Monitor: errors, the time an update takes, and the rate of
@@ -56,7 +56,7 @@ from prunedm.recipe import Recipe  # noqa: E402
 from prunedm.records import ACTIVE  # noqa: E402
 from prunedm.store import Run  # noqa: E402
 
-PATIENCE = 120.0  # seconds for one answer of the server, or one short job
+PATIENCE, JOB = 120.0, 600.0  # seconds for one answer of the server, and for one short job
 SETTLE = 5.0  # seconds before a window counts
 GROWTH = 5.0  # percent that threads, files and memory may be above the start
 SHORT = (
@@ -295,11 +295,11 @@ def work(session: Session, run: Run) -> None:
     """Start a run by its button and wait until it is done; RuntimeError when it ends in another way."""
     session.show(run.id)
     session.show(run.id, press="Resume")
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + JOB
     while (state := run.state()).status in ACTIVE and time.monotonic() < deadline:
         time.sleep(0.1)
     if state.status != "done":
-        raise RuntimeError(f"{run.id} is {state.status}: {state.error or f'not done after {PATIENCE:g} s'}")
+        raise RuntimeError(f"{run.id} is {state.status}: {state.error or f'not done after {JOB:g} s'}")
 
 
 def measure_soak(recipe: Recipe, jobs: int, warm: int, progress: Callable[[int, Held], None]) -> tuple[Held, Held]:
