@@ -1,0 +1,25 @@
+"""What many processes and machines cost, and what they give.
+
+    .venv/bin/python benchmarks/scale.py ranks [--steps 12] [--rounds 3] [--batch 64]
+
+ranks: steps per second of mask learning by two ranks on two cores against one rank on one core (targets: 1.6x for
+reinforce, 1.5x for gumbel).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import scale_ranks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parts = parser.add_subparsers(required=True)
+    scale_ranks.add_to(parts)
+    arguments = parser.parse_args()
+    arguments.do(arguments)
+
+
+if __name__ == "__main__":
+    main()

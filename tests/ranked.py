@@ -1,0 +1,87 @@
+"""What each rank of test_parallel.py does: trains by every method on the same task, and keeps what came of it.
+
+torchrun --standalone --nproc_per_node=2 tests/ranked.py FOLDER
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from conftest import make_unet  # noqa: E402
+from diffusers import DDPMScheduler  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from prunedm import data, learn, parallel, training  # noqa: E402
+from prunedm.diffusion import Timesteps  # noqa: E402
+from prunedm.masked_unet import MaskedUNet  # noqa: E402
+from prunedm.recipe import Train  # noqa: E402
+from prunedm.stage_recipes import Mask  # noqa: E402
+from prunedm.training import Trainer, Weights, Window  # noqa: E402
+
+STEPS = 5
+SLOW = Train(lr=1e-5)  # Adam moves a weight without a gradient by the sign of its rounding error, as far as this
+# An odd batch, so that two ranks have slices of different sizes. "wide": the same method on a model of twice the width.
+CASES: dict[str, dict[str, Any]] = {
+    "fine-tune": {"method": None},
+    "fine-tune in parts": {"method": None, "accumulate": 3, "timesteps": "importance"},
+    "gumbel": {"method": "gumbel", "lr": 0.15},
+    "reinforce": {"method": "reinforce", "samples": 2},
+    "reinforce beside weights": {"method": "reinforce", "train_weights": True},
+    "reinforce, wide": {"method": "reinforce", "samples": 2, "channels": (32, 64)},
+    "gumbel, wide": {"method": "gumbel", "channels": (32, 64)},
+}
+
+
+def trainer(
+    method: str | None,
+    accumulate: int = 1,
+    timesteps: str | None = None,
+    channels: tuple[int, int] = (16, 32),
+    train_weights: bool = False,
+    **spec: Any,
+) -> tuple[Trainer, MaskedUNet | None]:
+    """A short stage, and its masks where it has any."""
+    images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    task = training.Task(DDPMScheduler(), data.Batches(images, 9, 0), 0, torch.device("cpu"), False)
+    task.accumulate, task.timesteps = accumulate, Timesteps(timesteps, 1000) if timesteps else None
+    unet, window = make_unet(block_out_channels=channels), Window.of(STEPS)
+    if method is None:
+        weights = Weights(unet.parameters(), SLOW, window)
+        return Trainer("finetune", STEPS, task, training.DenseLoss(unet), weights), None
+    masked = MaskedUNet(unet.requires_grad_(False), 2, 4, ())
+    learner = learn.METHODS[method](masked, Mask(method=method, flip_budget=0.2, **spec), STEPS, 0)
+    weights = Weights(masked.trainable(), SLOW, window) if train_weights else None
+    return Trainer("mask", STEPS, task, learner, weights), masked
+
+
+def work(case: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The state after all steps; of each step its figures and a digest of the masks that were worn."""
+    made, masked = trainer(**CASES[case])
+    records = []
+    for step in made:
+        worn = b"" if masked is None else b"".join(mask.numpy().tobytes() for mask in masked.masks())
+        records.append(step.values | {"masks": hashlib.sha256(worn).hexdigest()})
+    return {name: tensor.detach().clone().contiguous() for name, tensor in made.tensors().items()}, records
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    parallel.join()
+    for case in CASES:
+        tensors, records = work(case)
+        save_file(tensors, folder / f"{case}.{parallel.rank()}.safetensors")
+        (folder / f"{case}.{parallel.rank()}.json").write_text(json.dumps(records))
+    (folder / f"ranks.{parallel.rank()}").write_text(str(parallel.size()))
+    return 0
+
+
+if __name__ == "__main__":
+    parallel.leave(main())

@@ -1,0 +1,197 @@
+"""One run on several ranks: real processes that meet over gloo, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ranked
+import torch
+from safetensors.torch import load_file
+
+from prunedm import parallel, store
+from prunedm.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes=2"]
+PRUNEDM = ["-m", "prunedm"]
+PATIENCE = 300  # seconds, on a busy machine
+STILL = {"prune": {"finetune_steps": 0}, "mask": {"method": "magnitude", "steps": 0, "recover_steps": 0}}
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+def start_run(launcher: list[str], recipe: Recipe, folder: Path) -> subprocess.CompletedProcess[str]:
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return launch([*launcher, *PRUNEDM, "run", str(folder / "recipe.yaml"), "--runs-dir", str(folder)])
+
+
+def only_run(folder: Path) -> store.Run:
+    (run,) = store.all_runs(folder)
+    return run
+
+
+# --- the arithmetic ---------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """What two ranks made of every case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ended = launch([*TORCHRUN, "tests/ranked.py", str(folder)])
+    assert ended.returncode == 0, ended.stderr
+    assert [(folder / f"ranks.{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    return folder
+
+
+def records(folder: Path, case: str, rank: int) -> list[dict]:
+    return json.loads((folder / f"{case}.{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("case", [case for case in ranked.CASES if "wide" not in case])
+def test_two_ranks_with_half_the_batch_each_equal_one_with_all_of_it(two_ranks, case):
+    tensors, alone = ranked.work(case)
+    found = load_file(two_ranks / f"{case}.0.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for ours, theirs in zip(alone, records(two_ranks, case, 0), strict=True):
+        assert theirs["masks"] == ours["masks"]
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ranked.CASES)
+def test_ranks_hold_the_same_masks_at_each_step_and_the_same_bits_at_the_end(two_ranks, case):
+    ours, theirs = records(two_ranks, case, 0), records(two_ranks, case, 1)
+    assert [r["masks"] for r in ours] == [r["masks"] for r in theirs]
+    first, second = (load_file(two_ranks / f"{case}.{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    if case.startswith("reinforce"):
+        assert len({r["masks"] for r in ours}) == ranked.STEPS  # each step drew masks of its own
+
+
+def test_reinforce_sends_the_same_few_bytes_whatever_the_models_size(two_ranks):
+    sent = {case: {r["bytes_sent"] for r in records(two_ranks, case, 0)} for case in ranked.CASES}
+    assert sent["reinforce"] == sent["reinforce, wide"] == {2 * 4 * (3 + 10)}  # samples, floats: means and bins
+    assert min(sent["gumbel, wide"]) > 3 * max(sent["gumbel"]) > 1000 * max(sent["reinforce"])  # gradients grow
+
+
+# --- whole runs -------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_evaluation_over_two_ranks_equals_one(micro, tmp_path, monkeypatch):
+    """Nothing is trained, so that all figures but measured times are of the same weights."""
+    recipe = micro(**STILL, eval={"images": 24})
+    figures = []
+    for name, launcher in (("one", [sys.executable]), ("two", TORCHRUN)):
+        ended = start_run(launcher, recipe, tmp_path / name)
+        assert ended.returncode == 0, ended.stderr
+        run = only_run(tmp_path / name)
+        figures.append({name: _judged(figures) for name, figures in run.evaluation().items()})
+        # else the second would only read what the first has left
+        monkeypatch.setenv("PRUNEDM_CACHE", str(tmp_path / "cache of two"))
+    assert figures[0].keys() == {"dense", "structured", "nm"}
+    assert figures[0]["nm"]["fid"] > 0
+    assert figures[0] == figures[1]
+
+
+def _judged(figures: dict[str, Any]) -> dict[str, Any]:
+    """All but what was measured with a clock."""
+    return {name: value for name, value in figures.items() if not name.startswith(("latency", "speed"))}
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_two_that_work_on_one_run(micro, tmp_path):
+    """On a machine without a GPU --multi_gpu starts as many processes as it is asked for."""
+    ended = start_run([*ACCELERATE, "--multi_gpu"], micro(), tmp_path / "runs")
+    assert ended.returncode == 0, ended.stderr
+    run = only_run(tmp_path / "runs")
+    started = [event for event in run.events() if event["kind"] == "started"]
+    assert [event["ranks"] for event in started] == [2]  # told once: rank 0 alone writes
+    steps = [(r["stage"], r["step"]) for r in run.metrics()]
+    assert len(steps) == len(set(steps))
+
+
+@pytest.mark.slow
+def test_accelerate_launch_on_the_cpu_starts_one_and_the_run_says_so(micro, tmp_path):
+    ended = start_run([*ACCELERATE, "--cpu"], micro(**STILL), tmp_path / "runs")
+    assert ended.returncode == 0, ended.stderr
+    assert "has started one, which goes on alone" in ended.stderr
+    assert "ranks" not in next(event for event in only_run(tmp_path / "runs").events() if event["kind"] == "started")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_goes_on(micro, tmp_path):
+    recipe = micro(mask={"method": "gumbel", "steps": 400})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [*TORCHRUN, *PRUNEDM, "run", str(tmp_path / "recipe.yaml"), "--runs-dir", str(tmp_path / "runs")]
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    _kill_rank_1_in_stage_2(launcher, tmp_path / "runs")
+    stderr = launcher.communicate(timeout=PATIENCE)[1]
+    assert launcher.returncode != 0
+    run = only_run(tmp_path / "runs")
+    state = run.state()
+    assert state.status in ("failed", "stopped"), stderr
+    assert "ranks has ended or does not answer" in state.error, state.error
+    ended = launch([sys.executable, *PRUNEDM, "resume", run.id, "--runs-dir", str(tmp_path / "runs")])
+    assert ended.returncode == 0, ended.stderr
+    assert run.state().status == "done"
+    first, second = (event for event in run.events() if event["kind"] == "started")
+    assert first["ranks"] == 2
+    assert "finetune" in second["stages_done"]
+
+
+def _kill_rank_1_in_stage_2(launcher: subprocess.Popen[str], runs_dir: Path) -> None:
+    """SIGKILL, once the run is learning masks."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and launcher.poll() is None:
+        runs = [run for run in store.all_runs(runs_dir) if run.state() is not None] if runs_dir.is_dir() else []
+        if runs and runs[0].state().stage == "mask" and runs[0].state().step > 1:
+            for child in psutil.Process(launcher.pid).children(recursive=True):
+                if child.environ().get("RANK") == "1":
+                    child.kill()
+                    return
+        time.sleep(0.05)
+    launcher.kill()
+    raise AssertionError(f"stage 2 was not reached: {launcher.communicate()[1]}")
+
+
+# --- what a launcher may ask for --------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "--use_fsdp shards a model"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision: bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile: true"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "train.accumulate"),
+    ],
+)
+def test_what_the_recipe_says_is_not_asked_of_the_launcher(monkeypatch, variable, value, told):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(parallel.LaunchError, match=told):
+        parallel.join()
+
+
+def test_a_batch_has_an_image_for_each_rank(monkeypatch):
+    monkeypatch.setattr(parallel._Ranks, "size", 4)
+    slices = []
+    for rank in range(4):
+        monkeypatch.setattr(parallel._Ranks, "rank", rank)
+        slices.append(parallel.own_slice(10))
+    assert slices == [(0, 2), (2, 5), (5, 7), (7, 10)]
+    with pytest.raises(ValueError, match="a batch of 3 images is too small for 4 ranks"):
+        parallel.own_slice(3)
