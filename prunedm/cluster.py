@@ -22,7 +22,10 @@ from .recipe import Recipe
 from .records import RunState
 from .store import Run, StoreError
 
-INSTALL = "the executor ray needs packages that are not here; install them: make cluster"
+INSTALL = (
+    "the executor ray needs packages that are not here; install them: make cluster, or "
+    "pip install -r requirements-cluster.txt -c constraints.txt"
+)
 LOCAL = "local"  # the address of a cluster of this machine alone, which lives as long as this process
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES = 3  # of a run whose worker died
