@@ -4,7 +4,7 @@ import time
 
 import streamlit as st
 
-from app import lab, parts, system_views
+from app import executor_views, lab, parts, system_views
 from prunedm import __version__, bundled, environment, glossary, support
 
 DATA_LICENCE = bundled.IMAGES.parent / "LICENSE-fashion-mnist.txt"
@@ -156,7 +156,7 @@ def support_bundle() -> None:
 
 st.title("System")
 machine()
-for part in (support_bundle, words, licences, about):
+for part in (executor_views.choice, support_bundle, words, licences, about):
     with parts.said():
         part()
 with parts.said():
