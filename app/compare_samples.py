@@ -30,6 +30,7 @@ GRID_STYLE = """<style>
 .seeds img{image-rendering:pixelated;display:block}
 .seeds th,.seeds td{padding:3px 6px;text-align:center;font-weight:500;font-size:.8rem}
 .seeds thead th{min-width:5rem;max-width:9rem;overflow-wrap:anywhere;vertical-align:bottom}
+@media (max-width:640px){.seeds img{width:84px;height:auto}.seeds th,.seeds td{padding:3px}}
 .seeds th[scope=row],.seeds th:first-child{min-width:0;white-space:nowrap;overflow-wrap:normal}
 </style>"""
 SLIDER_HTML = """

@@ -121,6 +121,11 @@ def pareto(keys: list[str], found: dict[str, Judged]) -> None:
     plots = comparison.pareto([found[key] for key in keys])
     if not plots:
         st.caption("There are no two models here whose figures hold for the same conditions.")
+        return
+    st.caption(
+        "Small is better on both axes. Full marks are on the front: no other model is as good in both and better in "
+        "one. A click on a mark names its model and leads to its run."
+    )
     for left in range(0, len(plots), 2):
         for column, plot in zip(st.columns(2), plots[left : left + 2]):
             with column:
@@ -144,6 +149,7 @@ def _pareto_plot(plot: comparison.Plot, keys: list[str], found: dict[str, Judged
     alt = f"{quality} against {plot.cost.label}: {len(points)} models; on the front: {best}"
     key = f"pareto {labels} {plot.conditions}"
     chosen = st.plotly_chart(drawn, key=key, on_select="rerun", selection_mode="points", alt=alt)
+    st.caption(parts.plain(f"{quality[0].upper()}{quality[1:]}: {figures.holds_for(plot)}"))
     for point in chosen.selection.points if chosen else []:
         place = int(point.get("curve_number", 0)) - 1  # the first trace is the front's line
         if 0 <= place < len(keys) and found[keys[place]].run is not None:

@@ -30,11 +30,11 @@ SIDEBAR = 220  # pixels: tables and charts need the rest
 
 logs.keep_server_log(lab.runs_dir())
 LOGO = str(ROOT / "assets" / "logo.png")
+# Before the navigation: a sidebar that is there already keeps its width.
+st.set_page_config(page_title="PruneDM Lab", page_icon=LOGO, layout="wide", initial_sidebar_state=SIDEBAR)
 login.guard()
 page = st.navigation(PAGES)
-st.set_page_config(
-    page_title=f"{page.title} · PruneDM Lab", page_icon=LOGO, layout="wide", initial_sidebar_state=SIDEBAR
-)
+st.set_page_config(page_title=f"{page.title} · PruneDM Lab")
 st.logo(LOGO, size="large")
 parts.page_style()
 page.run()

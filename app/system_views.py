@@ -219,7 +219,7 @@ def machine_now() -> list[tuple[str, str, str]]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(existing(lab.runs_dir()))
     gpus = _gpus()
     seen = gpus.look()
-    gpu = ("GPU", f"{len(seen)}", ", ".join(gpu_now(one) for one in seen)) if seen else ("GPU", "none", NO_GPU)
+    gpu = ("GPU", f"{len(seen)}", ", ".join(gpu_now(one) for one in seen)) if seen else ("GPU", "none seen", NO_GPU)
     return [
         (f"CPU, {os.cpu_count()} cores", f"{_processor().look():.0f} %", "of all processes, since the last look"),
         ("Memory free", bytes_in_words(memory.available), f"of {bytes_in_words(memory.total)}"),

@@ -279,9 +279,8 @@ def tabs() -> None:
         page.get_by_role("button", name="Resume").click()
         wait_for_steps(lambda: waiting, wait)
         server, chromium = server_process(), [page, *(page.context.new_page() for _ in range(max(TABS) - 1))]
-        order = [*found]
         for number in range(ROUNDS):
-            for kind in order if number % 2 else reversed(order):
+            for kind in found if number % 2 else reversed(found):
                 show(chromium, int(kind) if kind != "headless" else 0, f"{url}/monitor?run={waiting.id}")
                 still, moving = (server, alone) if kind == "headless" else (alone, server)
                 still.send_signal(signal.SIGSTOP)

@@ -40,8 +40,8 @@ def show_progress(card: lab.Card) -> None:
         st.progress(0.0, text=f"Number {place} in the queue")
     else:
         parts.progress(card.state)
-    done = len(card.state.stages_done)
-    st.caption(f"{done} of {len(STAGE_LABELS)} stages done · {parts.duration(card.state.seconds)} of running")
+    running = "" if card.status == "done" else f" · {parts.duration(card.state.seconds)} of running"
+    st.caption(f"{len(card.state.stages_done)} of {len(STAGE_LABELS)} stages done{running}")
 
 
 def show_actions(card: lab.Card) -> None:
@@ -54,7 +54,9 @@ def show_actions(card: lab.Card) -> None:
             lab.jobs().resume(card.run)
             st.rerun()
     else:
-        st.page_link(lab.page("compare"), label="Compare", query_params={"runs": card.run.id})
+        with st.container(horizontal=True):
+            st.page_link(lab.page("compare"), label="Compare", query_params={"runs": card.run.id})
+            st.page_link(lab.page("models"), label="Export", query_params={"run": card.run.id})
 
 
 def stop_action(card: lab.Card) -> None:
@@ -121,7 +123,14 @@ def section(draw, run: Run, every: float | None) -> None:
 
 
 def recipe(run: Run) -> None:
-    st.code(run.recipe().to_yaml(), language="yaml", wrap_lines=True)
+    """The recipe as it ran, and the ways to a run like it."""
+    found = run.recipe()
+    with st.container(horizontal=True):
+        if st.button("Duplicate into Launch", help="fills the Launch form with this run's recipe; nothing starts yet"):
+            forms.fill(found)
+            st.switch_page(lab.page("launch"))
+        st.download_button("Download", found.to_yaml(), f"{run.id}.yaml", "application/yaml", on_click="ignore")
+    st.code(found.to_yaml(), language="yaml", wrap_lines=True)
 
 
 TABS = {

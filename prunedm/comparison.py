@@ -136,6 +136,7 @@ QUALITIES = (
 )
 COSTS = (
     Axis("macs", "MACs", "MACs an image (dense arithmetic)", _always),
+    Axis("nonzero_parameters", "parameters", "parameters that are not zero", _always),
     Axis("sizes.packed_fp16", "bytes", "bytes, packed fp16", _always),
     Axis("latency_ms", "ms", "latency of a UNet call, ms (measured)", _timed),
 )

@@ -268,6 +268,17 @@ def held(one: Judged) -> str:
     return "; ".join(parts) or "nothing was judged"
 
 
+def holds_for(plot: comparison.Plot) -> str:
+    """The conditions of a Pareto plot, in words."""
+    one = plot.judged[0]
+    if plot.quality.key == "fid":
+        parts = [f"{one.get('fid_images')} images", sampled(one)]
+    else:
+        parts = [f"{one.get('validation_images')} held-out images" if one.get("validation_images") else ""]
+    parts += [where(one)] if plot.cost.key == "latency_ms" else []
+    return ", ".join(str(part) for part in parts if part)
+
+
 def label_of(one: Judged) -> str:
     return one.label
 

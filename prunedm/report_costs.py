@@ -182,15 +182,4 @@ def _plots(page: Page) -> Iterator[Html]:
         rows = [[model.name, f"{x:,.6g}", f"{y:,.5g}", mark] for model, (x, y), mark in zip(models, points, marks)]
         data = table(["model", plot.cost.label, quality, "on the front"], rows, title)
         best = ", ".join(model.name for model, is_on in zip(models, plot.on_front) if is_on)
-        yield chart(drawn, title, f"{title}: {len(points)} models; on the front: {best}", data, _held(plot))
-
-
-def _held(plot: comparison.Plot) -> str:
-    """The conditions of a plot in words."""
-    one = plot.judged[0]
-    if plot.quality.key == "fid":
-        parts = [f"{one.get('fid_images')} images", figures.sampled(one)]
-    else:
-        parts = [f"{one.get('validation_images')} held-out images" if one.get("validation_images") else ""]
-    parts += [figures.where(one)] if plot.cost.key == "latency_ms" else []
-    return ", ".join(str(part) for part in parts if part)
+        yield chart(drawn, title, f"{title}: {len(points)} models; on the front: {best}", data, figures.holds_for(plot))

@@ -304,6 +304,15 @@ def test_each_tab_of_monitor_shows_a_finished_run(with_done, tab):
     assert not app.error and not app.exception
 
 
+def test_monitor_duplicates_the_run_that_it_shows(with_done):
+    app = open_page("monitor", tab="Recipe")
+    next(b for b in app.button if b.label == "Duplicate into Launch").click().run()
+    app.switch_page("../pages/launch.py").run()  # AppTest does not follow the link itself
+    assert not app.exception
+    shown = next(c.value for c in app.code if c.language == "yaml")
+    assert recipes.build(recipes.parse(shown)) == with_done.recipe()
+
+
 def test_the_place_in_monitor_is_kept_over_runs_and_pages(with_done, runs):
     other = runs / f"{with_done.id}-2"
     shutil.copytree(with_done.folder, other)

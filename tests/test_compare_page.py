@@ -452,3 +452,16 @@ def test_the_pareto_plots_tell_models_of_no_run_apart():
     for name in ("/a", "/b"):
         found[name] = comparison.Judged(name, {"macs": 1, "fid": 1.0})
     assert [compare_views._group(name, found) for name in found] == [key, "/b"]
+
+
+def test_each_pareto_plot_says_what_its_figures_hold_for(with_done):
+    app = open_page("compare", view="Pareto")
+    words = [c.value.replace("\\", "") for c in app.caption]
+    figures = next(iter(store.Run(with_done.folder).evaluation().values()))
+    timed = f"{figures['device']}"
+    distances = [text for text in words if text.startswith(figures["fid_extractor"])]
+    losses = [text for text in words if text.startswith("Validation loss:")]
+    assert len(distances) == len(losses) == len(comparison.COSTS), words
+    assert all(f"{figures['fid_images']} images" in text for text in distances)
+    assert all("held-out images" in text for text in losses)
+    assert sum(timed in text for text in distances) == 1, "the device is said where times are drawn"

@@ -12,13 +12,13 @@ from prunedm.comparison import Judged
 
 SAMPLING = {"sampler": "ddim", "steps": 25, "eta": 0.0, "seed": 0, "extractor": "bundled", "data": "images"}
 DENSE = {
-    "parameters": 100, "macs": 1000, "validation_loss": 0.04, "validation_images": 512, "fid": 1.0, "fid_std": 0.03,
-    "fid_extractor": "FD-fashion", "fid_images": 512, "sampling": SAMPLING, "latency_ms": 10.0, "device": "cpu",
-    "dtype": "float32", "batch": 8, "sizes": {"dense_fp16": 200, "packed_fp16": 200},
-    "noise_floor": {"samples": {"fid": 0.2}},
+    "parameters": 100, "nonzero_parameters": 100, "macs": 1000, "validation_loss": 0.04, "validation_images": 512,
+    "fid": 1.0, "fid_std": 0.03, "fid_extractor": "FD-fashion", "fid_images": 512, "sampling": SAMPLING,
+    "latency_ms": 10.0, "device": "cpu", "dtype": "float32", "batch": 8,
+    "sizes": {"dense_fp16": 200, "packed_fp16": 200}, "noise_floor": {"samples": {"fid": 0.2}},
 }  # fmt: skip
 SMALL = DENSE | {"macs": 600, "macs_sparse": 300, "fid": 1.04, "latency_ms": 7.0, "validation_loss": 0.042}
-SMALL |= {"sizes": {"dense_fp16": 120, "packed_fp16": 50}}
+SMALL |= {"nonzero_parameters": 50, "sizes": {"dense_fp16": 120, "packed_fp16": 50}}
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
 
@@ -48,6 +48,7 @@ def test_pareto_compares_only_what_holds_for_the_same_conditions():
     by_axes = {(p.quality.key, p.cost.key): [j.label for j in p.judged] for p in plots}
     assert by_axes["fid", "macs"] == ["a", "b"] and by_axes["validation_loss", "macs"] == ["a", "b", "c"]
     assert by_axes["validation_loss", "latency_ms"] == ["a", "b"]
+    assert by_axes["fid", "nonzero_parameters"] == ["a", "b"], "latency, parameters, MACs and bytes are all costs"
     assert comparison.pareto([judged(DENSE)]) == [], "one model has nothing to be compared with"
 
 

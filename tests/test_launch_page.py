@@ -157,7 +157,7 @@ def test_sixteen_images_are_those_of_the_data(image_folder):
 
 def test_sizes_density_and_macs_are_predicted(runs, open_folds):
     app = open_page()
-    kept = int(metric(app, "non-zero after stage 2").replace(",", ""))
+    kept = int(metric(app, "Non-zero after stage 2").replace(",", ""))
     left = int(metric(app, "After stage 1").replace(",", ""))
     assert metric(app, "Density after stage 2") == f"{kept / left:.1%}"
     dense = float(metric(app, "File, dense fp16").split()[0])

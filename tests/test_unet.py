@@ -66,10 +66,10 @@ def _missing_tensor(unet):
     ("change", "says"),
     [
         (lambda u: (u / "config.json").unlink(), "no readable config.json"),
-        (lambda u: (u / "config.json").write_text("{"), "no readable config.json"),
+        (lambda u: (u / "config.json").write_text("{"), "config.json is no JSON"),
         (lambda u: (u / unets.WEIGHTS).unlink(), "has no"),
         (_pickle_only, "pickled weights, which are never loaded"),
-        (_other_class, "UNet3DModel; only UNet2DModel"),
+        (_other_class, "'UNet3DModel'; only UNet2DModel"),
         (lambda u: (u / unets.WEIGHTS).write_bytes(b"\x00" * 40), "cannot be read"),
         (_missing_tensor, "do not fit"),
     ],
@@ -118,7 +118,7 @@ def test_the_scheduler_is_the_one_that_the_config_names(tmp_path):
     found = unets.load(str(tmp_path / "ddim")).scheduler
     assert isinstance(found, DDIMScheduler) and found.config.prediction_type == "v_prediction"
     PNDMScheduler().save_pretrained(tmp_path / "ddim" / "scheduler")
-    with pytest.raises(unets.ModelError, match="holds a PNDMScheduler; save the model with a DDPMScheduler or"):
+    with pytest.raises(unets.ModelError, match="holds a 'PNDMScheduler'; save the model with a DDPMScheduler or"):
         unets.load(str(tmp_path / "ddim"))
 
 

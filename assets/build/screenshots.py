@@ -2,8 +2,8 @@
 
     make screenshots          # or: .venv/bin/python assets/build/screenshots.py [--runs DIR] [--only compare home ...]
 
-All pictures, light and dark and narrow, go to ``.build/screenshots``; Monitor (while the job trains) and
-Compare also to ``assets/``, for the README.
+All pictures, light and dark and narrow, go to ``.build/screenshots``; the tops of Monitor (while the masks of a
+fresh demo evolve) and Compare also to ``assets/``, for the README.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from prunedm.records import ACTIVE  # noqa: E402
 
 OUT = ROOT / ".build" / "screenshots"
 PAGES = ("launch", "sweep", "monitor", "runs", "compare", "models", "system")
-ASSETS = ("monitor", "compare")  # in the README
+LIVE = "monitor-live"
+ASSETS = {"monitor": LIVE, "compare": "compare"}  # pictures of the README, and what they are made of
+TOP = 1240  # pixels of a page's height in the README
 TABS = {  # beside the first one of each page
     "monitor?tab": ("Masks", "Compliance", "Samples", "Log", "Recipe", "System"),
     "compare?view": ("Figures", "Pareto", "Latency", "Curves", "Recipes", "Report"),
@@ -44,8 +46,9 @@ def photograph(page, path: Path, tallest: int = 2600) -> None:
 
 
 def to_asset(name: str) -> None:
-    """A palette PNG: a third of the bytes, the same to the eye."""
-    image = Image.open(OUT / f"{name}.png").convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    """The page's top as a palette PNG: a third of the bytes, the same to the eye."""
+    image = Image.open(OUT / f"{ASSETS[name]}.png").convert("RGB")
+    image = image.crop((0, 0, image.width, min(TOP, image.height))).quantize(128, dither=Image.Dither.NONE)
     image.save(ROOT / "assets" / f"{name}.png", optimize=True)
 
 
@@ -61,7 +64,7 @@ def demo(url: str, runs: Path) -> None:
             page.wait_for_timeout(500)
         page.get_by_role("tab", name="Masks").click()
         page.wait_for_timeout(6000)
-        photograph(page, OUT / "monitor-live.png")
+        photograph(page, OUT / f"{LIVE}.png")
         while run.state().status in ACTIVE:
             page.wait_for_timeout(500)
 
@@ -99,8 +102,9 @@ def main() -> None:
         each_page(url, "", given.only)
         each_page(url, "-dark", given.only, color_scheme="dark")
         each_page(url, "-narrow", given.only, viewport={"width": 390, "height": 900})
-    for name in ASSETS:
-        if not given.only or name in given.only:
+    for name, picture in ASSETS.items():
+        was_taken = given.runs is None if picture == LIVE else not given.only or picture in given.only
+        if was_taken:
             to_asset(name)
     print(f"written: {OUT}")
 
