@@ -108,6 +108,12 @@ class Train(Section):
     accumulate: int = Field(
         1, ge=1, le=4096, description="parts of a batch that are passed one after another: less memory, the same step"
     )
+    validations: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="losses on held-out images measured in each stage, evenly spaced; sweeps that prune set 4",
+    )
     compile: bool = Field(False, description="torch.compile: minutes to begin with, then often quicker on a GPU")
 
 
