@@ -33,6 +33,17 @@ def until(say, patience=PATIENCE):
     return found
 
 
+def at_work(run: Run, stage: str, step: int):
+    """The run's state once it is so far; an error where it ended before."""
+
+    def reached():
+        state = run.state()
+        assert state.status in (*ACTIVE, "interrupted"), state.error
+        return state.stage == stage and state.step >= step and state
+
+    return until(reached)
+
+
 def ended(run: Run) -> str:
     return until(lambda: run.state().status not in (*ACTIVE, "interrupted") and run.state().status)
 
@@ -78,7 +89,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 def test_a_killed_worker_is_retried_and_ends_with_the_uninterrupted_result(executor, micro):
     recipe = micro(mask={"steps": 200})
     whole, hurt = executor.submit(recipe), executor.submit(recipe)
-    state = until(lambda: (s := hurt.state()).stage == "mask" and s.step >= 1 and s)
+    state = at_work(hurt, "mask", 1)
     assert state.pid != os.getpid() and hurt.state().status == "running"
     os.kill(state.pid, signal.SIGKILL)
     assert [ended(hurt), ended(whole)] == ["done", "done"]
@@ -103,7 +114,7 @@ def test_runs_wait_for_what_they_reserve_and_are_stopped_waiting_or_working(exec
     executor.stop(second)
     assert second.state().status == "stopped" and executor.position(third.id) == 1
     assert executor.held() == [first.id, third.id] and "started" not in kinds(second)
-    until(lambda: first.state().stage == "mask")
+    at_work(first, "mask", 0)
     first.request_pause()
     until(lambda: first.state().status == "paused")
     first.clear_pause()
@@ -121,9 +132,9 @@ def test_runs_wait_for_what_they_reserve_and_are_stopped_waiting_or_working(exec
 
 
 def test_what_fails_on_the_cluster_is_said_in_the_run(executor, micro):
-    wrong = executor.submit(micro(train={"lr": 1e30}))
+    wrong = executor.submit(micro(device="mps"))  # whether it is there is the worker's to find out
     bigger = executor.submit(micro(resources={"cpus": 64}))
-    assert ended(wrong) == "failed" and wrong.state().error
+    assert ended(wrong) == "failed" and "mps" in wrong.state().error
     (alert,) = [event for event in bigger.events() if event["kind"] == "alert"]
     assert "no machine of the cluster has 64 CPUs" in alert["text"]
     assert executor.position(bigger.id) == 1
