@@ -1,4 +1,4 @@
-# make lab | make test | make demo | make lint | make bench     (each sets up .venv by itself)
+# make lab | make test | make demo | make lint | make bench | make audit     (each sets up .venv by itself)
 # Settings: PORT=8501  RUNS=runs  PYTHON=python3  SHARE=1 (others may come in, by a password)
 
 PORT ?= 8501
@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PRUNEDM_RUNS := $(abspath $(RUNS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab demo test nightly lint bench screenshots cluster browser postgres clean
+.PHONY: lab demo test nightly lint audit bench screenshots cluster browser postgres clean
 
 lab: .venv/.user
 	@echo "PruneDM Lab: http://$(if $(SHARE),$$(hostname),127.0.0.1):$(PORT)   (Ctrl-C ends it; runs are kept in $(PRUNEDM_RUNS))"
@@ -28,6 +28,13 @@ nightly: test
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Known vulnerabilities of the installed versions, looked up in PyPI's advisories: needs the network. The auditor and
+# its packages stay out of the lab's environment.
+audit: .venv/.user
+	@$(BIN)/python -m venv .venv/audit && .venv/audit/bin/python -m pip install -q pip-audit
+	@$(BIN)/python -m pip list --format freeze | grep -v -e '^pip==' -e '^prunedm==' > .venv/installed.txt
+	.venv/audit/bin/pip-audit --requirement .venv/installed.txt --no-deps --disable-pip
 
 bench: .venv/.dev browser
 	$(BIN)/python benchmarks/masks.py

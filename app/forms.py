@@ -45,6 +45,9 @@ LABELS = {  # of fields whose names are too short to be read; all others by thei
     "train.lr": "Learning rate",
     "train.ema": "EMA decay",
     "train.min_snr": "Min-SNR gamma",
+    "train.accumulate": "Batches a step",
+    "resources.cpus": "CPUs",
+    "resources.gpus": "GPUs",
 }
 TOP_LEVEL = ("name", "seed", "device")
 # What most runs leave alone waits behind a fold.
@@ -60,7 +63,7 @@ FOLDED = {
         "normalize_advantage", "tracker_decay", "refresh", "samples", "antithetic", "cached_batches",
         "sr_decay", "snapshot_every",
     ),
-    "train": ("schedule", "warmup", "clip", "distill", "timesteps", "min_snr"),
+    "train": ("schedule", "warmup", "clip", "distill", "timesteps", "min_snr", "accumulate", "compile"),
 }  # fmt: skip
 
 

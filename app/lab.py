@@ -106,7 +106,7 @@ def card(run: Run) -> Card:
         results = known.get("evaluation.json", run.evaluation)
         return Card(run, recipe, run.state(), results)
     except (ValueError, OSError) as error:
-        return Card(run, problem=str(error))
+        return Card(run, problem=str(error).replace(f"{run.folder}{os.sep}", ""))
 
 
 def cards() -> list[Card]:

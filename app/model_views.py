@@ -9,6 +9,7 @@ from app.run_table import size_words
 from prunedm import import_zip, imports
 from prunedm.imports import Imported
 from prunedm.jobs import load_engine
+from prunedm.untrusted import MIB
 
 PICKED, FILE, NAME, PATH = "models.imported", "models.zip", "models.name", "models.path"
 NOTE, NEW = "models.note", "models.new"  # said, and shown, once
@@ -100,7 +101,7 @@ def bring_in() -> None:
 
 
 def from_zip() -> None:
-    most = import_zip.LARGEST_ZIP // imports.MIB
+    most = import_zip.LARGEST_ZIP // MIB
     given = st.file_uploader(f"Zip of the model folder, at most {most} MiB", "zip", key=FILE, max_upload_size=most)
     name = st.text_input("Name", key=NAME, placeholder="the file's own name", help="what lists call the model")
     if st.button("Import the zip", disabled=given is None):

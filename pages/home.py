@@ -42,6 +42,7 @@ def run_line(card: lab.Card) -> None:
         parts.state_chip(card.status)
     if card.problem:
         figures.caption(parts.plain(card.problem))
+        action.page_link(lab.page("runs"), label="Runs")
         return
     with figures:
         if card.active:

@@ -163,9 +163,14 @@ if not all_cards:
 card = parts.choose_run(all_cards)
 if card.problem:
     st.error(f"This run cannot be read: {parts.plain(card.problem)}")
+    st.page_link(lab.page("runs"), label="Open Runs, where it can be deleted")
     st.stop()
 is_live = card.active
 section(lambda run: header(run, is_live), card.run, EVERY_PROGRESS)
 if card.status == "failed":
     failure(card)
+elif card.status == "interrupted":
+    st.info(
+        "The process that worked on this run is gone: it crashed, or was ended. Resume goes on from its checkpoint."
+    )
 tabs(card.run)

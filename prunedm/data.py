@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import bundled, giveway, sources
+from .pictures import MOST_PIXELS
 from .recipe import Data
 from .seeds import generator
 from .sources import Entry, line
@@ -195,6 +196,10 @@ def _require_memory(count: int, spec: Data, shape: Shape) -> None:
 
 def _fitted(image: Image.Image, name: str, spec: Data, shape: Shape) -> np.ndarray:
     """One image as the model expects it, uint8 ``[C, H, W]``."""
+    if image.width * image.height > MOST_PIXELS:  # before it is decoded
+        raise ValueError(
+            f"has {image.width:,} x {image.height:,} pixels and {MOST_PIXELS:,} are allowed; make it smaller"
+        )
     size, mode = (shape[2], shape[1]), MODES[shape[0]]
     image = _eight_bits(ImageOps.exif_transpose(image), image.format).convert(mode)
     if spec.resize == "none" and image.size != size:

@@ -285,7 +285,7 @@ def _in_calls(unet, x: Tensor, t: Tensor, size: int) -> Tensor:
     """
     missing = -len(x) % size
     filled = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
-    return torch.cat([unet(part, t).sample.float() for part in filled.split(size)])[: len(x)]
+    return torch.cat([unet(part, t).sample.float() for part in giveway.between(filled.split(size))])[: len(x)]
 
 
 @torch.no_grad()
@@ -311,7 +311,7 @@ def sample(
     generators = [generator(seed, "image") for seed in image_seeds]
     x = torch.stack([torch.randn(shape, generator=gen) for gen in generators])
     x, size = (x * stepper.init_noise_sigma).to(parameter.device), call_size(shape, parameter.device)
-    for t in giveway.between(stepper.timesteps):
+    for t in stepper.timesteps:
         prediction = _in_calls(unet, stepper.scale_model_input(x, t), t, size)
         x = stepper.step(prediction, t, x, generator=generators, **options).prev_sample
     return x.clamp(-1, 1)

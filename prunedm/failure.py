@@ -9,6 +9,7 @@ from .recipe import Recipe, flatten
 from .stage_recipes import CALIBRATED
 from .untrusted import one_line
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")  # CUDA and MPS; torch's CPU
 SMALLER_STEP = 3  # a rate that diverged is divided by this
 
 
@@ -21,8 +22,9 @@ class Diverged(ArithmeticError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Python's own, and torch's on any device (RuntimeError with these words)."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    """Python's own, the system's, and torch's on any device (RuntimeError in one of these wordings)."""
+    no_memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return no_memory or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
 def disk_full(error: BaseException | None) -> bool:

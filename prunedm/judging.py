@@ -74,7 +74,7 @@ class Request:
         if unknown:
             raise JudgeError(f"--ways {unknown[0]} is not known; use some of {', '.join(WAYS)}")
         if SEMI_STRUCTURED in self.ways:
-            semi_structured.require_cuda()
+            semi_structured.require_cuda("leave it out of --ways, or judge on the machine that has one")
 
     def settings(self, base: Eval) -> Eval:
         """The settings on top of a run's own, or of the defaults; RecipeError for values that cannot be."""
@@ -156,6 +156,7 @@ def _of_source(source: str, runs_dir: Path, base: Entry | None, loaded: dict[str
         found = subject.find(source, None, runs_dir, READ_AS, strict=False)
         return [Entry(_name(source, found), found, _home(found), dense=base)]
     run = store.find(runs_dir, run_id)
+    run.state()  # refuses a run of a later version, whose files may mean something else
     finished = run.variants()
     if not finished or (tail and tail not in finished):
         known = ", ".join(finished) or "none yet"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from .untrusted import one_line, parse_json
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 COLUMNS = 8
+MOST_PIXELS = 64_000_000  # of a picture that is decoded: what it takes is a few times 4 bytes each
 
 
 def sheet_png(images: Tensor, info: dict[str, Any], columns: int = COLUMNS) -> bytes:
@@ -33,15 +38,35 @@ def sheet_png(images: Tensor, info: dict[str, Any], columns: int = COLUMNS) -> b
 
 
 def read_sheet(path: Path) -> tuple[list[Image.Image], dict[str, Any]]:
-    """The images of a sheet and its record."""
-    with Image.open(path) as sheet:
-        if "prunedm" not in getattr(sheet, "text", {}):
-            raise ValueError(f"{path} is no sample sheet of this program")
-        info = json.loads(sheet.text["prunedm"])
-        height, width, columns = info["height"], info["width"], info["columns"]
-        places = (divmod(i, columns) for i in range(info["count"]))
-        boxes = [(x * width, y * height, (x + 1) * width, (y + 1) * height) for y, x in places]
-        return [sheet.crop(box) for box in boxes], info
+    """The images of a sheet and its record. OSError where it is not there; ValueError where it is torn or no sheet."""
+    try:
+        with Image.open(path, formats=["PNG"]) as sheet:
+            info = _record(sheet)
+            if info is not None:
+                return [sheet.crop(box) for box in _boxes(info)], info
+    except (SyntaxError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is a damaged picture ({one_line(error)}); delete it") from error
+    raise ValueError(f"{path} is no sample sheet of this program")
+
+
+def _record(sheet: Image.Image) -> dict[str, Any] | None:
+    """A sheet's record, where its geometry is that of the picture itself: nothing larger is cut out of it."""
+    if sheet.width * sheet.height > MOST_PIXELS:  # looked at first: asking for its text decodes the picture
+        return None
+    try:
+        info = parse_json(sheet.text["prunedm"])  # type: ignore[attr-defined]
+        sides = [info[key] for key in ("count", "height", "width", "columns")]
+        count, height, width, columns = sides
+    except (KeyError, TypeError, ValueError):
+        return None
+    whole = all(type(value) is int and value > 0 for value in sides)
+    return info if whole and sheet.size == (columns * width, -(-count // columns) * height) else None
+
+
+def _boxes(info: dict[str, Any]) -> list[tuple[int, int, int, int]]:
+    height, width = info["height"], info["width"]
+    places = (divmod(i, info["columns"]) for i in range(info["count"]))
+    return [(x * width, y * height, (x + 1) * width, (y + 1) * height) for y, x in places]
 
 
 def as_tensor(images: list[Image.Image]) -> Tensor:

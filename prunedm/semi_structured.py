@@ -80,13 +80,13 @@ def _obstacle(layer: nn.Conv2d | nn.Linear, backend: str) -> str:
     return ""
 
 
-def require_cuda() -> None:
-    """ModelError, in one line, where the kernels cannot run."""
+EXPORT_REMEDY = "use --format diffusers and call prunedm.semi_structured.convert on the machine that has one"
+
+
+def require_cuda(remedy: str = EXPORT_REMEDY) -> None:
+    """ModelError, in one line, where the kernels cannot run; ``remedy``: what to do where no GPU is here."""
     if not torch.cuda.is_available():
-        raise ModelError(
-            "semi-structured: PyTorch's 2:4 kernels need a CUDA GPU and none is here; use --format diffusers and "
-            "call prunedm.semi_structured.convert on the machine that has one"
-        )
+        raise ModelError(f"semi-structured: PyTorch's 2:4 kernels need a CUDA GPU and none is here; {remedy}")
     capability = torch.cuda.get_device_capability()
     if capability < (8, 0):
         found = f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}"

@@ -36,7 +36,7 @@ from .recipe import Recipe
 from .records import STAGES, Step
 from .samples import image_seeds
 from .stage_recipes import CALIBRATED, FIXED_METHODS
-from .store import Run
+from .store import Run, StoreError
 from .training import DenseLoss, Learner, Task, Trainer, Weights, Window
 
 CHECKPOINT_SECONDS = 20.0
@@ -265,7 +265,7 @@ class Pipeline:
         trainer = Trainer(stage, steps, task, learner, weights, window)
         found = self.run.load_checkpoint(stage)
         if found is not None and found[1]["done"] > trainer.done:  # else it is that of an earlier round
-            trainer.load(found[0], found[1]["done"])
+            self._go_on(trainer, *found)
         lost = sum(record["stage"] == stage and record["step"] > trainer.done for record in self.run.metrics())
         if lost:
             self.run.log(
@@ -296,6 +296,16 @@ class Pipeline:
         if trainer.done > self.saved_step:
             self.save_checkpoint()
         self.trainer = None  # what follows changes the weights, and is no state to go on from
+
+    def _go_on(self, trainer: Trainer, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        """Load a checkpoint; StoreError where it lacks what this version keeps, as one of an earlier version may."""
+        try:
+            trainer.load(tensors, record["done"])
+        except KeyError as error:
+            raise StoreError(
+                f"{self.run.checkpoint(trainer.stage)} has no {error}, as one of another version of prunedm; "
+                "delete the file and resume: its stage is done again"
+            ) from error
 
     def _watched(self, trainer: Trainer) -> Iterator[Step]:
         """The trainer's steps; one that ends in no number leaves an alert."""

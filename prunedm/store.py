@@ -251,20 +251,24 @@ class Run:
             raise StoreError(f"{foreign[0]} is {foreign[1]}; a run holds its own files only: remove it or copy")
 
     # --- tensors -----------------------------------------------------------------------------
+    def checkpoint(self, name: str) -> Path:
+        """The file of one checkpoint (it may not exist yet)."""
+        return self.folder / "checkpoints" / f"{name}.safetensors"
+
     def save_checkpoint(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """Tensors and a JSON record, replaced atomically."""
-        (self.folder / "checkpoints").mkdir(exist_ok=True)
-        files.write_tensors(self.folder / "checkpoints" / f"{name}.safetensors", tensors, meta)
+        self._made("checkpoints")
+        files.write_tensors(self.checkpoint(name), tensors, meta)
 
     def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What :meth:`save_checkpoint` wrote, or None when there is none."""
-        return files.read_tensors(self.folder / "checkpoints" / f"{name}.safetensors")
+        return files.read_tensors(self.checkpoint(name))
 
     def has_checkpoint(self, name: str) -> bool:
-        return (self.folder / "checkpoints" / f"{name}.safetensors").exists()
+        return self.checkpoint(name).exists()
 
     def drop_checkpoint(self, name: str) -> None:
-        (self.folder / "checkpoints" / f"{name}.safetensors").unlink(missing_ok=True)
+        self.checkpoint(name).unlink(missing_ok=True)
 
     # --- pictures ----------------------------------------------------------------------------
     def snapshot_path(self, stage: str, step: int) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
 
-# ValueError: dates that are none, such as 2024-13-45, and integers of more digits than Python reads.
 DEEPEST = 40
+LONGEST = 256 * 1024  # characters; keys chosen to collide make a table's time grow with the square of their number
+# ValueError: dates that are none, such as 2024-13-45, and integers of more digits than Python reads.
 FAULTS = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -21,8 +23,8 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         found = super().construct_mapping(node, deep)
         if len(found) < len(node.value):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = {str(key) for key in keys if keys.count(key) > 1}
+            keys = Counter(self.construct_object(key, deep=True) for key, _ in node.value)
+            twice = {str(key) for key, count in keys.items() if count > 1}
             raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice; keep one")
         return found
 
@@ -47,7 +49,9 @@ def load(text: str) -> Any:
 
 
 def _require_plain(text: str) -> None:
-    """No alias, by which a short text stands for a value without end, and no depth that a parser could fail at."""
+    """No alias, by which a short text stands for a value without end, and no length or depth beyond reason."""
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"it has {len(text):,} characters and {LONGEST:,} are allowed")
     depth = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):

@@ -63,6 +63,7 @@ def find(source: str, variant: str | None, runs_dir: Path, read_as: Pattern, str
 
 
 def _of_run(run: store.Run, variant: str | None) -> Subject:
+    run.state()  # refuses a run of a later version, whose files may mean something else
     finished = run.variants()
     if not finished or (variant and variant not in finished):
         known = ", ".join(finished) or "none yet"

@@ -144,6 +144,19 @@ def test_a_failure_is_told_in_plain_words_with_the_traceback_folded(runs):
     assert [e.label for e in app.expander if "traceback" in e.label.lower()]
 
 
+def test_an_interruption_is_told_with_the_way_on(runs):
+    interrupted(runs)
+    app = open_page("monitor")
+    assert "Resume goes on from its checkpoint" in said(app) and "Resume" in [b.label for b in app.button]
+
+
+def test_what_cannot_be_read_is_told_without_the_servers_paths(runs):
+    run = unreadable(runs)
+    for page in ("home", "monitor"):
+        text = said(open_page(page, run=run.id)).replace("\\", "")
+        assert "state.json cannot be read" in text and str(runs) not in text.replace(f"kept: {runs}", ""), page
+
+
 def test_a_failure_that_the_recipe_can_mend_is_offered_as_a_filled_form(runs):
     run = store.create(runs, recipes.build(recipes.merge(recipes.preset("smoke"), {"seed": 5})))
     run.end(run.state(), "failed", "out of memory; halve data.batch_size", {"data.batch_size": 7})

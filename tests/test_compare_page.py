@@ -309,7 +309,7 @@ def test_all_kinds_are_judged_alike_in_the_background(with_done, runs, user, ima
     figures, conditions = app.table[0].value, app.table[-1].value
     assert list(figures.columns) == [parts.plain(name) for name in compare_choice.short_names(keys).values()]
     charts = [chart.proto.spec for tab in ("Pareto", "Latency") for chart in at(app, tab).get("plotly_chart")]
-    assert len(charts) == 7 and all("<b>two" not in chart and "&lt;b&gt;two" in chart for chart in charts)
+    assert len(charts) == 9 and all("<b>two" not in chart and "&lt;b&gt;two" in chart for chart in charts)
     assert not (losses(app) == "n/a").any() and len(set(losses(app))) == 3
     assert set(conditions.loc["real images"]) == {conditions.loc["real images"].iloc[0]}, "by the run's own images"
     assert set(conditions.loc["sampling steps"]) == {"10"}

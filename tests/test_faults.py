@@ -9,7 +9,7 @@ import pytest
 from test_app import open_page, said
 from test_pipeline import assert_same
 
-from prunedm import pipeline, store
+from prunedm import pipeline, shelf, store
 from prunedm.records import STAGES
 
 KILLS = 25
@@ -59,15 +59,27 @@ FILES = (
     *("recipe.yaml", "state.json", "metrics.jsonl", "events.jsonl", "mask-layers.jsonl", "system.jsonl", "log.txt"),
     *("layers.json", "evaluation.json", "report.html", "masks/*.npz", "samples/*.png", "checkpoints/*.safetensors"),
     *("variants/nm/unet/*.safetensors", "variants/nm/unet/config.json", "variants/nm/model_index.json"),
+    *("allocation.json", "notes.json", ".lock", ".heartbeat", "variants/nm/masks.json", "variants/nm/*.safetensors"),
+    *("variants/nm/prunedm.json", "variants/nm/samples.png", "variants/nm/README.md", "variants/nm/unet/*.py"),
+    "variants/nm/scheduler/*.json",
 )
 
 
 @pytest.fixture(scope="module")
 def hurt_run(tmp_path_factory, micro):
     """A finished run, to be copied and hurt."""
-    run = store.create(tmp_path_factory.mktemp("to-hurt"), micro())
+    run = store.create(tmp_path_factory.mktemp("to-hurt"), micro(mask={"density": 0.5}))
     assert pipeline.execute(run) == "done"
+    shelf.retag(run, ["kept"])
+    run.beat()
     return run
+
+
+def test_no_kind_of_file_is_left_unhurt(hurt_run):
+    hurt_ones = {path for pattern in FILES for path in hurt_run.folder.glob(pattern)}
+    others = {hurt_run.variant(name) for name in ("dense", "structured")}  # as the third
+    there = {path for path in hurt_run.folder.rglob("*") if path.is_file() and not others & set(path.parents)}
+    assert there == hurt_ones
 
 
 def hurt(path: Path, damage: str, outside: Path) -> None:

@@ -219,7 +219,7 @@ def test_reports_go_where_they_are_asked_for(runs, ids, tmp_path, capsys, own_ca
         (["evaluate", "RUN", "--sampler", "heun"], ["eval.sampler='heun'"]),
         (["evaluate", "RUN", "--images", "1"], ["eval.images=1"]),
         (["evaluate", "RUN", "--ways", "fast"], ["--ways fast", "onnxruntime"]),
-        (["evaluate", "RUN", "--ways", "semi-structured"], ["CUDA GPU"]),
+        (["evaluate", "RUN", "--ways", "semi-structured"], ["CUDA GPU", "leave it out of --ways"]),
         (["evaluate", "RUN", "--extractor", "vgg"], ["vgg"]),
         (["evaluate", "RUN", "--data", "/no/such"], ["/no/such", "is not a folder"]),
         (["evaluate", "RUN", "--out", "report.pdf"], ["report.pdf", ".html"]),
