@@ -137,6 +137,7 @@ def test_what_fails_on_the_cluster_is_said_in_the_run(executor, micro):
     assert ended(wrong) == "failed" and "mps" in wrong.state().error
     (alert,) = [event for event in bigger.events() if event["kind"] == "alert"]
     assert "no machine of the cluster has 64 CPUs" in alert["text"]
+    until(lambda: executor.held() == [bigger.id])
     assert executor.position(bigger.id) == 1
 
 
