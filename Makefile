@@ -41,6 +41,7 @@ bench: .venv/.dev browser
 	$(BIN)/python benchmarks/structured.py targets
 	$(BIN)/python benchmarks/structured.py latency
 	$(BIN)/python benchmarks/packed.py
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/app.py
 
 screenshots: .venv/.dev browser

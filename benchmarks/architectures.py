@@ -22,6 +22,28 @@ CONFIGS = {  # google/ddpm-cifar10-32 (35.7 M) and google/ddpm-celebahq-256 (113
     },
 }  # fmt: skip
 
+CONDITIONED = {  # the UNets of Stable Diffusion 1.5 (860 M) and Stable Diffusion XL base 1.0 (2,567 M)
+    "sd15": {
+        "sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+    },
+    "sdxl": {
+        "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
+        "down_block_types": ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2),
+        "up_block_types": (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"),
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}  # fmt: skip
+
+
+def conditioned(name: str) -> dict:
+    """The config of a text-conditioned UNet, as its config.json has it; what is not given are diffusers' defaults."""
+    return {"_class_name": "UNet2DConditionModel"} | CONDITIONED[name]
+
 
 def build(name: str) -> UNet2DModel:
     """The UNet of that name, the same weights each time, in evaluation mode."""

@@ -13,7 +13,10 @@ from typing import Any
 
 GB, TERA = 1e9, 1e12
 HERE = "here"
+PRODUCTS = ("fp32", "bf16", "fp32 convolutions", "bf16 convolutions")  # each has a rate of its own; fp16 counts as bf16
+CONVOLUTIONS = 2  # the place of the first of them
 SHEET = "NVIDIA {} Tensor Core GPU datasheet"
+HOPPER = "NVIDIA H100 Tensor Core GPU architecture whitepaper"
 ADA = "NVIDIA Ada GPU architecture whitepaper, V2.01"
 MOST_BYTES_A_SECOND = 1e15
 
@@ -24,11 +27,11 @@ class DeviceError(ValueError):
 
 @dataclass(frozen=True)
 class Device:
-    """One device. flops and sparse: FLOP/s of matrix products by precision (a multiply-add is two), dense and 2:4.
+    """One device. flops: FLOP/s of each kind of PRODUCTS (a multiply-add is two).
 
     bandwidth: bytes/s of its memory. interconnect: bytes/s that one device sends to the others of its machine, one
-    way; None where it is not known. overhead: seconds that an operation takes however small it is. spread: of a
-    measured device, figure -> (10th, 90th percentile).
+    way; None where it is not known. Of a measured device: efficiency, the share of these rates that whole networks
+    reach; overhead, seconds that an operation takes however small it is; spread, figure -> (10th, 90th percentile).
     """
 
     key: str
@@ -38,9 +41,9 @@ class Device:
     source: str
     memory: int
     bandwidth: float
-    flops: dict[str, float]
-    sparse: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float]  # dense
     interconnect: float | None = None
+    efficiency: float = 1.0
     overhead: float = 0.0
     spread: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -48,25 +51,36 @@ class Device:
         return asdict(self)
 
 
-def _published(key: str, name: str, source: str, memory: float, bandwidth: float, link: float, *tera: float) -> Device:
-    """``tera``: TFLOP/s of bf16 (and fp16) with fp32 sums, dense and 2:4, and of fp32 outside tensor cores."""
-    half, half_sparse, single = (value * TERA for value in tera)
-    flops = {"bf16": half, "fp16": half, "fp32": single}
-    sparse = {"bf16": half_sparse, "fp16": half_sparse}
-    memory, bandwidth, link = int(memory * GB), bandwidth * GB, link * GB
-    return Device(key, name, "cuda", "published", source, memory, bandwidth, flops, sparse, link)
+def _published(
+    key: str,
+    name: str,
+    source: str,
+    memory: float,
+    bandwidth: float,
+    link: float,
+    half: float,
+    tf32: float,
+    fp32: float,
+) -> Device:
+    """half, tf32: TFLOP/s of tensor cores with fp32 sums, dense (twice that in 2:4); fp32: outside tensor cores.
+
+    torch lets fp32 convolutions, but not fp32 matrix products, go by TF32 unless it is told otherwise.
+    """
+    rates = (fp32 * TERA, half * TERA, tf32 * TERA, half * TERA)
+    flops = dict(zip(PRODUCTS, rates, strict=True))
+    return Device(key, name, "cuda", "published", source, int(memory * GB), bandwidth * GB, flops, link * GB)
 
 
 # Links count one way, which is half of what the makers add up: NVLink where the board has it, else PCIe x16.
 PUBLISHED = {
     device.key: device
     for device in (
-        # GB, GB/s of memory, GB/s to the others; TFLOP/s of bf16, of bf16 in 2:4, of fp32
-        _published("a100", "NVIDIA A100 80GB SXM", SHEET.format("A100"), 80, 2039, 300, 312, 624, 19.5),
-        _published("h100", "NVIDIA H100 SXM", SHEET.format("H100"), 80, 3350, 450, 989.4, 1978.9, 66.9),
-        _published("h200", "NVIDIA H200 SXM", SHEET.format("H200"), 141, 4800, 450, 989.4, 1978.9, 66.9),
-        _published("l4", "NVIDIA L4", SHEET.format("L4"), 24, 300, 32, 121, 242, 30.3),
-        _published("rtx4090", "NVIDIA GeForce RTX 4090", ADA, 24, 1008, 32, 165.2, 330.4, 82.6),
+        # GB, GB/s of memory, GB/s to the others; TFLOP/s of bf16, TF32, fp32
+        _published("a100", "NVIDIA A100 80GB SXM", SHEET.format("A100"), 80, 2039, 300, 312, 156, 19.5),
+        _published("h100", "NVIDIA H100 80GB SXM", HOPPER, 80, 3350, 450, 989.4, 494.7, 66.9),
+        _published("h200", "NVIDIA H200 SXM", SHEET.format("H200"), 141, 4800, 450, 989.5, 494.5, 67),
+        _published("l4", "NVIDIA L4", SHEET.format("L4"), 24, 300, 32, 121, 60, 30.3),
+        _published("rtx4090", "NVIDIA GeForce RTX 4090", ADA, 24, 1008, 32, 165.2, 82.6, 82.6),
     )
 }  # fmt: skip
 
@@ -87,4 +101,4 @@ def with_link(device: Device, gigabytes: float | None) -> Device:
         return device
     if not 0 < gigabytes * GB <= MOST_BYTES_A_SECOND:
         raise DeviceError(f"interconnect={gigabytes} must be GB/s above 0 and at most {MOST_BYTES_A_SECOND / GB:g}")
-    return replace(device, interconnect=gigabytes * GB)
+    return replace(device, interconnect=gigabytes * GB, source=f"{device.source}; link as given")

@@ -18,19 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from .devices import CONVOLUTIONS
+
 
 class Ledger(TorchDispatchMode):
     """Inside the block, one line an operation that computes; views and empty tensors cost nothing.
 
     live: bytes of the storages made inside the block that are still there. Lines: floating-point operations of
-    matrix products (torch's own formulas), bytes read and written, whether the product is one of 16-bit numbers,
-    and ``live`` after it.
+    matrix products (torch's own formulas), bytes read and written, the kind of product (its place in
+    devices.PRODUCTS), and ``live`` after it.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
-        self.lines: list[tuple[int, int, bool, int]] = []
+        self.lines: list[tuple[int, int, int, int]] = []
         self.live = 0
         self._made: dict[int, int] = {}  # storage -> the line that made it
 
@@ -56,9 +57,10 @@ class Ledger(TorchDispatchMode):
         written = sum(map(_bytes, fresh))
         if changes:
             written += sum(_bytes(t) for t in _mutated(func, args, kwargs))
-        half = bool(formula) and inputs[0].element_size() == 2
-        self.names.append(str(func))
-        self.lines.append((flops, sum(map(_bytes, inputs)) + written, half, self.live))
+        kind = CONVOLUTIONS * ("convolution" in func.__name__)
+        if formula and inputs[0].element_size() == 2:
+            kind += 1
+        self.lines.append((flops, sum(map(_bytes, inputs)) + written, kind, self.live))
 
     def _open(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -82,7 +84,7 @@ class Ledger(TorchDispatchMode):
         return found
 
     def table(self) -> np.ndarray:
-        """The lines: FLOPs, bytes moved, 16-bit product or not, bytes live; ``[lines, 4]`` of int64."""
+        """The lines: FLOPs, bytes moved, kind of product, bytes live; ``[lines, 4]`` of int64."""
         return np.array(self.lines, np.int64).reshape(-1, 4)
 
 

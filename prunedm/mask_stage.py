@@ -25,7 +25,7 @@ from .stage_recipes import INITIALS
 from .store import MASK_LAYERS, MASKS, Run
 from .training import Task
 
-BASELINE_IMAGES, SENSITIVITY_IMAGES = 256, 64
+BASELINE_IMAGES, BASELINE_BATCH, SENSITIVITY_IMAGES = 256, 128, 64
 SNAPSHOTS = 20  # mask snapshots over the stage, unless the recipe says otherwise
 WATCHED_EVERY = 10  # steps between figures of the masks
 M0 = "m0"
@@ -53,7 +53,8 @@ def baseline(masked: MaskedUNet, scheduler, held_out: torch.Tensor, seed: int) -
     """
     device = next(masked.unet.parameters()).device
     count = min(BASELINE_IMAGES, len(held_out))
-    batches = diffusion.validation_batches(scheduler, data.to_float(held_out[:count], device), count, 128, seed)
+    images = data.to_float(held_out[:count], device)
+    batches = diffusion.validation_batches(scheduler, images, count, BASELINE_BATCH, seed)
     steps = scheduler.config.num_train_timesteps
     found: dict[str, Any] = {"images": count, "timesteps": steps}
     for name, dress in (("dense", masked.undress), ("m0", masked.wear)):

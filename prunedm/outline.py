@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import ledger, training, unet
+from . import devices, ledger, training, unet
 from .unet import ModelError
 
 TEXT_TOKENS = 77  # of the text encoder (CLIP) that conditions Stable Diffusion's UNets
@@ -26,6 +26,7 @@ TIME_IDS = 6  # sizes and crops beside the pooled text of SDXL
 PLAIN = ("UNet2DModel", "PrunedUNet")
 KINDS = (*PLAIN, "UNet2DConditionModel")
 REFINEMENTS = 3
+FEW, MANY = 11, 13  # images: unlike any other dimension, which could make views of copies
 
 
 @dataclass
@@ -179,60 +180,75 @@ def _widths(config: dict[str, Any], ratio: float) -> tuple[int, ...]:
 # --- counted -----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Trace:
-    """The operations of a pass at one batch size. flops, moved: ``[ops]``, floats; half: which are 16-bit products.
+    """The operations of a pass at one batch size, in their order, ``[ops]`` each.
 
-    forward: how many of the operations belong to the forward pass. saved: bytes kept for backward. peak: most bytes
-    held at once beside the weights, gradients counted as they come; activations: the same without the gradients.
+    flops; moved: bytes; kind: places in devices.PRODUCTS; live: bytes held after each beside the weights; gradients:
+    those of them that are the weights' gradients. forward: how many of the operations belong to the forward pass.
+    saved: bytes kept for backward.
     """
 
     flops: np.ndarray
     moved: np.ndarray
-    half: np.ndarray
+    kind: np.ndarray
+    live: np.ndarray
+    gradients: np.ndarray
     forward: int
     saved: float
-    peak: float
-    activations: float
 
     def forward_only(self) -> Trace:
         """The operations of the forward pass."""
-        end = self.forward
-        return replace(self, flops=self.flops[:end], moved=self.moved[:end], half=self.half[:end])
+        cut = {name: getattr(self, name)[: self.forward] for name in (*GROWING, "kind")}
+        return replace(self, **cut)
 
     @property
     def macs(self) -> float:
         return float(self.flops.sum()) / 2
+
+    @property
+    def peak(self) -> float:
+        """Most bytes held at once beside the weights, gradients counted as they come."""
+        return float(self.live.max())
+
+    @property
+    def activations(self) -> float:
+        """The same without the weights' gradients."""
+        return float((self.live - self.gradients).max())
+
+
+GROWING = ("flops", "moved", "live", "gradients")  # with the batch, each on a line of its own
 
 
 @dataclass(frozen=True)
 class Costs:
     """Traces at two batch sizes: costs have a part of the weights and a part of each image."""
 
-    batches: tuple[int, int]
     few: Trace
     many: Trace
 
     def at(self, batch: float) -> Trace:
-        """The trace of any batch size, on the line through the two."""
-        a, b = self.batches
-        share = (batch - a) / (b - a)
+        """The trace of any batch size, each operation on the line through the two."""
+        share = (batch - FEW) / (MANY - FEW)
 
         def between(name: str) -> Any:
             low, high = getattr(self.few, name), getattr(self.many, name)
             return low + (high - low) * share
 
-        flops, moved, saved, peak, activations = map(between, ("flops", "moved", "saved", "peak", "activations"))
-        return Trace(flops, moved, self.few.half, self.few.forward, saved, peak, activations)
+        return replace(self.few, **{name: between(name) for name in (*GROWING, "saved")})
 
 
-def costs(outline: Outline, batch: int, bf16: bool, kind: str, backward: bool = True) -> Costs:
-    """Costs of a training step's passes (``backward``), or of a call without gradients, around this batch size."""
-    few = max(2, batch)  # single images take other operations, such as views in place of copies
-    batches = few, 2 * few
-    return Costs(batches, *(trace(outline, size, bf16, kind, backward) for size in batches))
+def costs(outline: Outline, bf16: bool, kind: str, backward: bool = True) -> Costs:
+    """Costs of a training step's passes (``backward``), or of a call without gradients.
+
+    ModelError for a network whose operations are not the same for every batch.
+    """
+    few, many = (trace(outline, size, bf16, kind, backward) for size in (FEW, MANY))
+    if not np.array_equal(few.kind, many.kind):
+        raise ModelError("model passes other operations for other batch sizes; plans know networks that do not")
+    return Costs(few, many)
 
 
 def trace(outline: Outline, batch: int, bf16: bool, kind: str, backward: bool = True) -> Trace:
-    """Run one pass and count it. kind: cpu, cuda or mps, which differ under autocast."""
+    """Run one pass and count it. kind: cpu, cuda or mps, which differ under autocast and in their convolutions."""
     found = outline.unet
     found.requires_grad_(backward)
     for parameter in found.parameters():
@@ -251,9 +267,12 @@ def trace(outline: Outline, batch: int, bf16: bool, kind: str, backward: bool = 
         gradients = book.made(p.grad for p in found.parameters() if p.grad is not None)
     for parameter in found.parameters():
         parameter.grad = None
-    live = lines[:, 3]
-    flops, moved, half = lines[:, 0].astype(float), lines[:, 1].astype(float), lines[:, 2].astype(bool)
-    return Trace(flops, moved, half, forward, sum(saved.values()), float(live.max()), float((live - gradients).max()))
+    flops, moved, of, live = lines.T
+    if kind == "cpu":  # its convolutions copy what they read and write into a layout of their own
+        live = live + np.where(of >= devices.CONVOLUTIONS, moved, 0)
+    return Trace(
+        *(column.astype(float) for column in (flops, moved)), of, live, gradients, forward, sum(saved.values())
+    )
 
 
 def _numerics(found: nn.Module, bf16: bool, kind: str) -> ExitStack:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from . import allocate, bundled, forecast, masked_unet, outline, samples, training, upkeep
+from . import allocate, bundled, diffusion, forecast, masked_unet, outline, samples, training, upkeep
 from .importance import CALIBRATION_BATCHES
 from .inputs import overrides
-from .mask_stage import BASELINE_IMAGES, SENSITIVITY_IMAGES, initial_kind
-from .outline import Outline
+from .mask_stage import BASELINE_BATCH, BASELINE_IMAGES, SENSITIVITY_IMAGES, initial_kind
+from .outline import Outline, Trace
 from .plan_model import (
     FP32,
     Line,
@@ -33,19 +33,19 @@ from .plan_model import (
     summed_bytes,
     upkeep_seconds,
 )
-from .quality import VALIDATION_IMAGES
+from .quality import VALIDATION_BATCH, VALIDATION_IMAGES
 from .recipe import Recipe
 from .stage_recipes import CALIBRATED, FIXED_METHODS, INITIALS, Mask
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHOWN_METHODS = ("gumbel", "reinforce")  # whose communication grows, and whose does not
 M0_BYTES = 10.0  # a prunable weight: dense weight, mask and m0, and the scores that choose it
-NOT_COUNTED = (
+NOT_COUNTED = [
     "reading data, previews, checkpoints and the cut of stage 1",
-    "the feature network and the distances of the evaluation",
-    "what an allocator wastes, and what a driver or a CUDA context takes for itself",
+    "the feature network, the distances and the timing of the evaluation",
+    "what an allocator wastes, and on a GPU workspaces of convolutions and what the driver takes for itself",
     "latency of messages, and traffic between machines, whose links are slower",
-)
+]
 
 
 class Planner:
@@ -61,12 +61,12 @@ class Planner:
         self.structured = outline.narrowed(dense, target) if target else dense
         self.bf16 = self._bf16(recipe.train.precision)
         self.prunable = self._prunable()
-        self.training = outline.costs(self.structured, self.batch, self.bf16, kind)
-        self.chunk = self._chunk()
-        self.call = outline.costs(self.structured, self.chunk, False, kind, backward=False)
+        self.training = outline.costs(self.structured, self.bf16, kind)
+        self.parts = min(recipe.train.accumulate, self.batch)
+        self.call = outline.costs(self.structured, False, kind, backward=False)
         self.dense_call = self.call
         if target:
-            self.dense_call = outline.costs(dense, self.chunk, False, kind, backward=False)
+            self.dense_call = outline.costs(dense, False, kind, backward=False)
 
     def _bf16(self, precision: str) -> bool:
         """Whether training computes in bf16 there; ``auto`` does on every published device."""
@@ -82,11 +82,13 @@ class Planner:
         rows = masked_unet.layer_reports(self.structured.unet, spec.n, spec.m, given)
         return sum(math.prod(row.shape) for row in rows if row.eligible)
 
-    def _chunk(self) -> int:
-        """Images that the evaluation samples at once (samples.py), of those that one device has to make."""
-        _, height, width = self.dense.image_shape
-        most = max(1, min(samples.MOST, samples.PIXELS // (height * width)))
-        return min(most, share(self.recipe.eval.images, self.setting.gpus))
+    def _part(self, batch: float) -> Trace:
+        """Forward and backward of one of the parts into which a batch is split to save memory."""
+        return self.training.at(batch / self.parts)
+
+    def _passes(self) -> float:
+        """Seconds of forward and backward."""
+        return self.parts * seconds(self._part(self.batch), self.setting)
 
     # --- stages ---
     def stages(self) -> list[Stage]:
@@ -97,8 +99,8 @@ class Planner:
                 found.append(self._calibrate())
             found.append(self._finetune())
         if recipe.mask.method != "none":
-            found += [self._begin(), self._mask(), self._recover()]
-        found.append(self._evaluate())
+            found += [self._scores(), self._looks(), self._mask(), self._recover()]
+        found += [self._sampling(), self._validation()]
         return [stage for stage in found if stage.steps]
 
     def _stage(
@@ -113,7 +115,7 @@ class Planner:
     ) -> Stage:
         """``fixed``: bytes of weights and state; ``at``: batch -> bytes of activations; ``summed``: over the ranks."""
         device, sent = self.setting.device, ring(summed, self.setting.gpus)
-        memory, most = Memory(*fixed, at(batch)), largest(device.memory, sum(fixed), at, batch)
+        memory, most = Memory(*fixed, at(batch)), largest(device.memory - sum(fixed), at)
         fits = memory.total <= device.memory
         wait = link_seconds(sent, self.setting)
         return Stage(*name, steps, batch, compute, sent, wait, memory, fits, most, device.basis)
@@ -122,7 +124,7 @@ class Planner:
         """Scores of the channels, on the dense model in fp32 (channel_scores.py); diff-pruning's at most so long."""
         spec, backward = self.recipe.prune, self.recipe.prune.method != "activation"
         batch = share(spec.calibration_images, self.setting.gpus)
-        costs = outline.costs(self.dense, batch, False, self.setting.device.kind, backward)
+        costs = outline.costs(self.dense, False, self.setting.device.kind, backward)
         whole = costs.at(batch)
         passes = [whole.forward_only(), whole] if spec.method == "diff-pruning" else [whole]
         compute = sum(seconds(one, self.setting) for one in passes)
@@ -134,13 +136,12 @@ class Planner:
     def _finetune(self) -> Stage:
         """Training of all weights without masks, between the cuts and after them."""
         steps, count, update = forecast.planned(self.recipe), self.structured.parameters, upkeep.of_update()
-        compute = seconds(self.training.at(self.batch), self.setting)
-        compute += upkeep_seconds(update, count, self.setting) + self._teacher_seconds()
+        compute = self._passes() + upkeep_seconds(update, count, self.setting) + self._teacher_seconds()
         fixed = FP32 * count + self._teacher_bytes(), update.held * count
         after = (FP32 + update.transient) * count  # the gradients, and what the update adds
         return self._stage(
             ("finetune", "fine-tuning"), steps["prune"] + steps["finetune"], self.batch, compute, fixed,
-            lambda b: max(self.training.at(b).peak, after), summed_bytes(None, count, self.prunable),
+            lambda b: max(self._part(b).peak, after), summed_bytes(None, count, self.prunable),
         )  # fmt: skip
 
     def _teacher_seconds(self) -> float:
@@ -153,22 +154,31 @@ class Planner:
     def _teacher_bytes(self) -> float:
         return FP32 * self.dense.parameters if self.recipe.train.distill else 0.0
 
-    def _begin(self) -> Stage:
-        """Initial masks, their baseline and, with a density, each layer's sensitivity; a step is one batch."""
-        spec, kind = self.recipe.mask, initial_kind(self.recipe)
-        images = 2 * BASELINE_IMAGES
-        if spec.density is not None and kind in INITIALS:
+    def _scores(self) -> Stage:
+        """Scores of the weights for m0, where they look at images (importance.py)."""
+        kind, gradients = initial_kind(self.recipe), initial_kind(self.recipe) == "fisher"
+        steps = CALIBRATION_BATCHES if kind in ("wanda", "fisher") else 0
+        forward = self.training.at(self.batch).forward_only()
+        compute = self._passes() if gradients else seconds(forward, self.setting)
+        fixed = FP32 * self.structured.parameters, (M0_BYTES + (2 * FP32 if gradients else 0)) * self.prunable
+
+        def at(batch: float) -> float:
+            return (self._part(batch) if gradients else self.call.at(batch)).activations
+
+        name, summed = ("mask", f"{kind} scores of weights"), FP32 * self.prunable if gradients else 0.0
+        return self._stage(name, steps, self.batch, compute, fixed, at, summed)
+
+    def _looks(self) -> Stage:
+        """The loss before and under m0 and, with a density, under each layer's choices; ranks deal the batches out."""
+        spec, images = self.recipe.mask, 2 * BASELINE_IMAGES
+        if spec.density is not None and initial_kind(self.recipe) in INITIALS:
             rows = masked_unet.layer_reports(self.structured.unet, 1, 2, overrides(self.recipe))
             images += SENSITIVITY_IMAGES * (1 + sum(len(allocate.fitting(row.shape)) for row in rows if row.eligible))
-        scored = CALIBRATION_BATCHES if kind in ("wanda", "fisher") else 0
-        looks, gradients = share(images, self.recipe.data.batch_size), kind == "fisher"
-        trained = self.training.at(self.batch)
-        score = seconds(trained if gradients else trained.forward_only(), self.setting)
-        compute = looks * seconds(self.call.at(self.batch), self.setting) + scored * score
-        fixed = FP32 * self.structured.parameters, (M0_BYTES + (2 * FP32 if gradients else 0)) * self.prunable
-        costs, steps = self.training if gradients else self.call, looks + scored
-        name = ("mask", f"initial masks ({kind if kind in INITIALS else 'given'})")
-        return self._stage(name, steps, self.batch, compute / steps, fixed, lambda b: costs.at(b).activations)
+        steps = share(share(images, BASELINE_BATCH), self.setting.gpus)
+        fixed = FP32 * self.structured.parameters, M0_BYTES * self.prunable
+        compute = seconds(self.call.at(BASELINE_BATCH), self.setting)
+        name = ("mask", "loss under initial masks")
+        return self._stage(name, steps, BASELINE_BATCH, compute, fixed, lambda b: self.call.at(b).peak)
 
     def _mask(self) -> Stage:
         spec = self.recipe.mask
@@ -193,7 +203,7 @@ class Planner:
             outside = max(outside, update.transient * count)
 
         def at(batch: float) -> float:
-            held = self.call.at(batch).peak if calls_only else self.training.at(batch).activations
+            held = self.call.at(batch).peak if calls_only else self._part(batch).activations
             return max(held + masks.during * prunable, outside)
 
         fixed, summed = (FP32 * count + self._teacher_bytes(), state), summed_bytes(spec, count, prunable)
@@ -201,24 +211,32 @@ class Planner:
 
     def _mask_passes(self, spec: Mask) -> float:
         """Seconds of the UNet's passes: reinforce judges m0 and each drawn mask, forward only unless weights train."""
-        whole = self.training.at(self.batch)
         if spec.method != "reinforce":
-            return seconds(whole, self.setting)
-        base = 0.0 if spec.cached_batches else seconds(whole.forward_only(), self.setting)
-        return base + spec.samples * seconds(whole if spec.train_weights else whole.forward_only(), self.setting)
+            return self._passes()
+        forward = seconds(self.training.at(self.batch).forward_only(), self.setting)
+        drawn = self._passes() if spec.train_weights else forward
+        return (0.0 if spec.cached_batches else forward) + spec.samples * drawn
 
-    def _evaluate(self) -> Stage:
-        """Sampling of every variant and its validation loss, in fp32; a step is one call of the UNet."""
-        spec, recipe, gpus = self.recipe.eval, self.recipe, self.setting.gpus
-        sets = 0 if bundled.quality(recipe) is not None else 2 if spec.noise_floor else 1
-        others = (recipe.prune.target > 0) + (recipe.mask.method != "none")
-        calls = share(share(spec.images, gpus), self.chunk) * spec.steps
-        calls += share(share(VALIDATION_IMAGES, gpus), self.chunk)
-        dense, other = (seconds(costs.at(self.chunk), self.setting) for costs in (self.dense_call, self.call))
-        compute = (sets * dense + others * other) / max(1, sets + others)
-        fixed, steps = (FP32 * self.dense.parameters, 0.0), calls * (sets + others)
-        name = ("evaluate", "sampling of all variants")
-        return self._stage(name, steps, self.chunk, compute, fixed, lambda b: self.dense_call.at(b).peak)
+    def _sampling(self) -> Stage:
+        """Images of every variant, a chunk at a time, in fp32; ranks deal the chunks out; a step is one call."""
+        spec, shape, device = self.recipe.eval, self.dense.image_shape, torch.device(self.setting.device.kind)
+        chunk, call = samples.chunk_size(shape, device), diffusion.call_size(shape, device)
+        calls = share(share(spec.images, chunk), self.setting.gpus) * share(chunk, call) * spec.steps
+        dense = 0 if bundled.quality(self.recipe) is not None else 2 if spec.noise_floor else 1
+        return self._judging("sampling of all variants", calls, call, dense)
+
+    def _validation(self) -> Stage:
+        calls = share(share(VALIDATION_IMAGES, VALIDATION_BATCH), self.setting.gpus)
+        return self._judging("validation losses", calls, VALIDATION_BATCH, int(bundled.quality(self.recipe) is None))
+
+    def _judging(self, what: str, calls: int, batch: int, dense: int) -> Stage:
+        """Calls in fp32 for ``dense`` sets of the dense model, and one of each other variant."""
+        others = (self.recipe.prune.target > 0) + (self.recipe.mask.method != "none")
+        each = [seconds(costs.at(batch), self.setting) for costs in (self.dense_call, self.call)]
+        compute = (dense * each[0] + others * each[1]) / max(1, dense + others)
+        model, costs = (self.dense, self.dense_call) if dense else (self.structured, self.call)
+        fixed, steps = (FP32 * model.parameters, 0.0), calls * (dense + others)
+        return self._stage(("evaluate", what), steps, batch, compute, fixed, lambda b: costs.at(b).peak)
 
     # --- how costs grow ---
     def growth(self) -> dict[str, list[dict[str, Any]]]:
@@ -226,8 +244,9 @@ class Planner:
         return {"ranks": self._by_ranks(), "images": self._by_images(), "parameters": self._by_parameters()}
 
     def _step_seconds(self, batch: int) -> float:
+        parts = min(self.recipe.train.accumulate, batch)
         update = upkeep_seconds(upkeep.of_update(), self.structured.parameters, self.setting)
-        return seconds(self.training.at(batch), self.setting) + update
+        return parts * seconds(self.training.at(batch / parts), self.setting) + update
 
     def _by_ranks(self) -> list[dict[str, Any]]:
         rows, count, batch = [], self.structured.parameters, self.recipe.data.batch_size
@@ -244,7 +263,7 @@ class Planner:
     def _by_images(self) -> list[dict[str, Any]]:
         rows = []
         for batch in sorted({max(1, self.batch // 2), self.batch, 2 * self.batch, 4 * self.batch}):
-            trace, compute = self.training.at(batch), self._step_seconds(batch)
+            trace, compute = self._part(batch), self._step_seconds(batch)
             rows.append({"batch": batch, "compute": compute, "saved_activations": trace.saved, "peak": trace.peak})
         return rows
 
@@ -255,7 +274,7 @@ class Planner:
             count = found.parameters
             held = (2 * FP32 + upkeep.of_update().held) * count  # weights, gradients, optimiser and average
             row = {"model": name, "parameters": count, "macs": call.at(1).macs, "training_state": held}
-            row["call"] = seconds(call.at(self.chunk), self.setting) / self.chunk
+            row["call"] = seconds(call.at(self.batch), self.setting) / self.batch
             rows.append(row | {"sent_finetune": ring(FP32 * count, self.setting.gpus)})
         return rows
 
@@ -270,9 +289,8 @@ def make(recipe: Recipe, dense: Outline, setting: Setting) -> dict[str, Any]:
     planner = Planner(recipe, dense, setting)
     stages, step = planner.stages(), planner.training.at(planner.batch)
     whole = sum(stage.seconds for stage in stages)
-    cost = None
-    if setting.price is not None:
-        cost = {"price_per_hour": setting.price, "basis": "given", "total": whole / 3600 * setting.gpus * setting.price}
+    hours = whole / 3600 * setting.gpus
+    price = None if setting.price is None else {"of_an_hour": setting.price, "total": hours * setting.price}
     return {
         "device": setting.device.as_dict(),
         "gpus": setting.gpus,
@@ -292,16 +310,19 @@ def make(recipe: Recipe, dense: Outline, setting: Setting) -> dict[str, Any]:
         "stages": [stage.as_dict() for stage in stages],
         "seconds": whole,
         "communication_unknown": [stage.what for stage in stages if stage.communication is None],
-        "cost": cost,
+        "device_hours": hours,
+        "price": price,
         "fits": all(stage.fits for stage in stages),
         "growth": planner.growth(),
-        "not_counted": not_counted(setting, len(step.flops)),
+        "not_counted": not_counted(recipe, setting, len(step.flops)),
     }
 
 
-def not_counted(setting: Setting, operations: int) -> list[str]:
+def not_counted(recipe: Recipe, setting: Setting, operations: int) -> list[str]:
     """What the figures leave out, in words."""
-    launch = (
-        f"launching the {operations:,} operations of a training step's passes, which small models on a GPU wait for"
-    )
-    return [*([launch] if setting.device.basis == "published" else []), *NOT_COUNTED]
+    found = []
+    if setting.device.basis == "published":
+        found.append(f"launching a training step's {operations:,} operations, which small models on a GPU wait for")
+    if recipe.train.compile:
+        found.append("what torch.compile gains, and takes to begin with")
+    return found + NOT_COUNTED

@@ -83,11 +83,11 @@ def heading(found: dict[str, Any]) -> list[str]:
     """What is planned and on what figures, in lines."""
     device, model = found["device"], found["model"]
     rates = ", ".join(f"{key} {value / 1e12:.4g} TFLOP/s" for key, value in device["flops"].items())
-    spread = device["spread"]
-    if spread:
-        rates += f" (fp32 from {spread['fp32'][0] / 1e12:.3g} to {spread['fp32'][1] / 1e12:.3g})"
+    if device["basis"] == "measured":
+        low, high = device["spread"]["efficiency"]
+        rates += f"; a network reaches {device['efficiency']:.2f} of them ({low:.2f} to {high:.2f})"
     link = device["interconnect"]
-    lines = [
+    return [
         f"{found['model_source']}: {model['parameters']:,} parameters, {model['macs'] / 1e9:.4g} G MACs an image; "
         f"after stage 1 {model['structured_parameters']:,} and {model['structured_macs'] / 1e9:.4g} G",
         f"{found['gpus']} x {device['name']}: {device['basis']} figures ({device['source']})",
@@ -95,12 +95,6 @@ def heading(found: dict[str, Any]) -> list[str]:
         + (f"{link / 1e9:.4g} GB/s one way" if link else "unknown (--interconnect)"),
         f"training in {found['precision']}, {found['batch']} images a step in all; times are {found['times_are']}",
     ]
-    if device["sparse"]:
-        gain = device["sparse"]["bf16"] / device["flops"]["bf16"]
-        lines.append(
-            f"  2:4 products have a published peak {gain:.3g} times the dense one; no stage is planned with it"
-        )
-    return lines
 
 
 def closing(found: dict[str, Any]) -> list[str]:
@@ -109,12 +103,9 @@ def closing(found: dict[str, Any]) -> list[str]:
     lines = [f"in all {least}{duration(found['seconds'])} on {found['gpus']} device{'s' * (found['gpus'] > 1)}"]
     if found["communication_unknown"]:
         lines[0] += "; communication is not in it: give --interconnect"
-    cost = found["cost"]
-    lines.append(
-        "cost: not shown; give --price-per-hour"
-        if cost is None
-        else f"cost: {least}{cost['total']:.2f} at {cost['price_per_hour']:g} an hour and device, as given"
-    )
+    hours, price = f"cost: {least}{found['device_hours']:.3g} device-hours", found["price"]
+    named = f"{price['total']:.3g} at {price['of_an_hour']:g} an hour, as given" if price else "give --price-per-hour"
+    lines.append(f"{hours}; {least if price else ''}{named}")
     if not found["fits"]:
         lines.append("it does not fit: take a smaller data.batch_size, more devices or a larger device")
     return lines

@@ -7,20 +7,23 @@ prediction; with published peaks it is the least that a step can take.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from .devices import Device
+from .devices import PRODUCTS, Device
 from .diffusion import TIMESTEP_BINS
 from .outline import Trace
 from .stage_recipes import Mask
 from .upkeep import Upkeep
 
 FP32 = 4  # bytes
+TOLD = 3 + TIMESTEP_BINS  # loss, residual, advantage, and the residual of each timestep bin
 MOST_DEVICES = 65_536
+MOST_IMAGES = 1 << 20  # of a batch that is asked for
 Line = Callable[[float], float]  # batch -> bytes
 
 
@@ -30,7 +33,8 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a recipe shall run. efficiency: the share of published peaks that is assumed to be reached."""
+    """Where a recipe shall run. efficiency: the share of published peaks that is assumed to be reached; a measured
+    device has its own."""
 
     device: Device
     gpus: int = 1
@@ -46,6 +50,11 @@ class Setting:
             raise PlanError(f"efficiency={self.efficiency} must be above 0 and at most 1; try 0.4")
         if self.efficiency < 1 and self.device.basis == "measured":
             raise PlanError(f"efficiency={self.efficiency} is a share of published peaks and these rates are measured")
+
+    @property
+    def reached(self) -> float:
+        """The share of the device's rates that a step reaches."""
+        return self.efficiency * self.device.efficiency
 
     @property
     def words(self) -> str:
@@ -97,15 +106,15 @@ class Stage:
 def seconds(trace: Trace, setting: Setting) -> float:
     """Time of the operations, each at the slower of its products and its bytes."""
     device = setting.device
-    rate = np.where(trace.half, device.flops["bf16"], device.flops["fp32"])
-    slower = np.maximum(trace.flops / rate, trace.moved / device.bandwidth)
-    return float(slower.sum()) / setting.efficiency + device.overhead * len(trace.flops)
+    rates = np.array([device.flops[kind] for kind in PRODUCTS])
+    slower = np.maximum(trace.flops / rates[trace.kind], trace.moved / device.bandwidth)
+    return float(slower.sum()) / setting.reached + device.overhead * len(trace.flops)
 
 
 def upkeep_seconds(found: Upkeep, weights: int, setting: Setting) -> float:
     """Time of what is done to each weight in a step."""
     device = setting.device
-    return found.moved * weights / device.bandwidth / setting.efficiency + found.operations * device.overhead
+    return found.moved * weights / device.bandwidth / setting.reached + found.operations * device.overhead
 
 
 def ring(size: float, ranks: int) -> float:
@@ -125,26 +134,22 @@ def link_seconds(sent: float, setting: Setting) -> float | None:
 def summed_bytes(spec: Mask | None, parameters: int, prunable: int) -> float:
     """Bytes that the ranks sum in a step: of plain training (no ``spec``), or of a mask step.
 
-    Gradients of all weights where they train, of the prunable ones where masks alone learn by gradient; reinforce
-    adds one loss residual a timestep bin and drawn mask, whatever the model's size.
+    Gradients of all weights where they train, of the prunable ones where masks alone learn by gradient, and the loss.
+    Reinforce sums TOLD figures a drawn mask in their place, whatever the model's size.
     """
     if spec is None:
-        return FP32 * parameters
-    scalars = FP32 * TIMESTEP_BINS * spec.samples if spec.method == "reinforce" else 0
+        return FP32 * (1 + parameters)
+    told = TOLD * spec.samples if spec.method == "reinforce" else 1
     if spec.train_weights:
-        return scalars + FP32 * parameters
-    return scalars or FP32 * prunable
+        return FP32 * (told + parameters)
+    return FP32 * (told if spec.method == "reinforce" else told + prunable)
 
 
-def largest(memory: float, fixed: float, at: Line, batch: int) -> int | None:
-    """The largest batch whose activations ``at(batch)`` fit beside ``fixed`` bytes; None where one image does not.
+def largest(room: float, at: Line) -> int | None:
+    """The most images, up to MOST_IMAGES, whose ``at(images)`` bytes fit into ``room``; None where one does not.
 
-    ``at`` never falls and is a line beyond ``batch``.
+    ``at`` must never fall.
     """
-    room = memory - fixed
     if at(1) > room:
         return None
-    if at(batch) > room:
-        return next(size for size in range(batch, 0, -1) if at(size) <= room)
-    slope = at(4 * batch) - at(2 * batch)
-    return batch + int((room - at(batch)) / (slope / (2 * batch))) if slope > 0 else batch
+    return bisect.bisect_right(range(1, MOST_IMAGES + 1), room, key=at)

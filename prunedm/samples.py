@@ -38,10 +38,8 @@ class SampleSet:
 
     def __init__(self, model: Diffusion, fingerprint: str, settings: Eval, use: str = "evaluation") -> None:
         self.model, self.settings, self.use = model, settings, use
-        _, height, width = model.image_shape
         device = next(model.unet.parameters()).device
-        call, most = diffusion.call_size(model.image_shape, device), max(1, min(MOST, PIXELS // (height * width)))
-        self.size = most - most % call or most  # whole calls, so that none is filled up in vain
+        call, self.size = diffusion.call_size(model.image_shape, device), chunk_size(model.image_shape, device)
         how = (settings.sampler, settings.steps, settings.eta, settings.seed, use, self.size, call)
         self.folder = cache.folder(KIND) / cache.digest(fingerprint, how, device.type, torch.__version__)
 
@@ -94,6 +92,13 @@ class SampleSet:
         features = extractor.features(images)
         cache.write_arrays(self.folder, key, {"features": features.numpy()})
         return features
+
+
+def chunk_size(shape: tuple[int, int, int], device: torch.device) -> int:
+    """How many images of this ``(C, H, W)`` are sampled and kept together."""
+    _, height, width = shape
+    call, most = diffusion.call_size(shape, device), max(1, min(MOST, PIXELS // (height * width)))
+    return most - most % call or most  # whole calls, so that none is filled up in vain
 
 
 def image_seeds(seed: int, places: range, use: str = "evaluation") -> list[int]:
