@@ -249,6 +249,13 @@ def test_more_ranks_take_less_time_and_more_device_hours():
             assert high["memory_bytes"] <= low["memory_bytes"] and high["sent"] >= low["sent"]
 
 
+def test_calls_without_gradients_are_planned_in_trainings_precision():
+    reinforce = {"mask": {"method": "reinforce"}, "prune": {"target": 0.3}}
+    half, single = (planner(tiny(), train={"precision": name}, **reinforce) for name in ("bf16", "fp32"))
+    assert stage(half, "mask").memory.activations < stage(single, "mask").memory.activations
+    assert stage(half, "evaluate").memory.activations == stage(single, "evaluate").memory.activations
+
+
 def test_batches_in_parts_take_less_memory_and_no_less_time():
     whole, parts = (planner(tiny(), prune={"target": 0.3}, train={"accumulate": n}) for n in (1, 8))
     for name in ("finetune", "recover"):
