@@ -13,7 +13,9 @@ from .untrusted import one_line, read_header, read_json, shown
 CONFIG_LIMITS = {"layers_per_block": 32, "sample_size": 2048, "in_channels": 1024, "num_train_timesteps": 1_000_000}
 WIDEST, MOST_BLOCKS = 16_384, 16
 # What diffusers raises on configs that make no sense, beside ValueError and TypeError.
-UNBUILDABLE = (ArithmeticError, LookupError, AttributeError, AssertionError, RuntimeError, MemoryError)
+UNBUILDABLE = (
+    ArithmeticError, LookupError, AttributeError, AssertionError, NameError, RuntimeError, MemoryError,
+)  # fmt: skip
 
 
 class ModelError(ValueError):

@@ -43,19 +43,21 @@ for _tag, _form in NUMBERS.items():
 
 
 def load(text: str) -> Any:
-    """The document's value. One of :data:`FAULTS` when it is not YAML, a key stands twice, or it holds aliases."""
+    """The document's value. One of :data:`FAULTS` when it is not YAML, a key stands twice, it has aliases or tags."""
     _require_plain(text)
     return yaml.load(text, _Loader)
 
 
 def _require_plain(text: str) -> None:
-    """No alias, by which a short text stands for a value without end, and no length or depth beyond reason."""
+    """No tag, no alias (by which a short text stands for one without end), no length or depth beyond reason."""
     if len(text) > LONGEST:
         raise yaml.YAMLError(f"it has {len(text):,} characters and {LONGEST:,} are allowed")
     depth = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(f"*{event.anchor[:40]} is an alias, which is not read; write the value out")
+        if getattr(event, "tag", None) is not None:  # only written ones: what is plain has none yet
+            raise yaml.YAMLError(f"{event.tag[:60]} is a tag, which is not read; write the value alone")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

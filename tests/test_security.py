@@ -144,7 +144,7 @@ COLLIDING = "".join(f"{n * (2**61 - 1)}: 1\n" for n in range(60_000))
 TAGS = [
     f"name: !!python/object/apply:os.system ['touch /tmp/{MARKER}']", f"!!python/object/new:os.system [touch {MARKER}]",
     "name: !!python/name:os.system", "name: !!python/module:os", "name: !!python/tuple [a]", "name: !local x",
-    "!!python/object/apply:subprocess.Popen {args: [id]}",
+    "!!python/object/apply:subprocess.Popen {args: [id]}", "!!timestamp 2024-13-45name: x", "name: !!timestamp x",
 ]  # fmt: skip
 
 
@@ -152,7 +152,7 @@ TAGS = [
     ("text", "said"),
     [
         (LAUGHS, "alias"), ("seed: &a 1\ntrain: *a", "alias"), ("a: &a [*a]", "alias"),
-        ("base: &b {seed: 1}\n<<: *b", "alias"), *((text, "could not determine a constructor") for text in TAGS),
+        ("base: &b {seed: 1}\n<<: *b", "alias"), *((text, "is a tag") for text in TAGS),
         ("[" * 100_000, "deep"), ("{a: " * 60_000, "deep"), ("- " * 100_000, "deep|not YAML"),
         (COLLIDING, "characters"), (COLLIDING[:200_000], "string"), ("a: 1\n" * 40_000, "stands twice"),
         ("x" * 300_000, "characters"),
