@@ -4,8 +4,8 @@
     .venv/bin/python benchmarks/scale.py ray [--runs 5] [--queued 200]
 
 ranks: steps per second of mask learning by two ranks on two cores against one rank on one core (targets: 1.6x for
-reinforce, 1.5x for gumbel). ray: what Ray adds to a run once the cluster is up (target: under 1 s), and how long it takes
-to submit, list and cancel runs that queue.
+reinforce, 1.5x for gumbel). ray: what Ray adds to a run once the cluster is up (target: under 1 s), and how long it
+takes to submit, list and cancel runs that queue.
 """
 
 from __future__ import annotations
