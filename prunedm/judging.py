@@ -74,6 +74,8 @@ class Request:
         if unknown:
             raise JudgeError(f"--ways {unknown[0]} is not known; use some of {', '.join(WAYS)}")
         if SEMI_STRUCTURED in self.ways:
+            if self.device != "auto" and not self.device.startswith("cuda"):
+                raise JudgeError(f"--ways {SEMI_STRUCTURED} runs on CUDA only; leave it out, or --device {self.device}")
             semi_structured.require_cuda("leave it out of --ways, or judge on the machine that has one")
 
     def settings(self, base: Eval) -> Eval:

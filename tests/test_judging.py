@@ -227,6 +227,7 @@ def test_reports_go_where_they_are_asked_for(runs, ids, tmp_path, capsys, own_ca
         (["evaluate", "RUN", "--images", "1"], ["eval.images=1"]),
         (["evaluate", "RUN", "--ways", "fast"], ["--ways fast", "onnxruntime"]),
         (["evaluate", "RUN", "--ways", "semi-structured"], ["CUDA GPU", "leave it out of --ways"]),
+        (["evaluate", "RUN", "--ways", "semi-structured", "--device", "cpu"], ["CUDA only", "--device cpu"]),
         (["evaluate", "RUN", "--extractor", "vgg"], ["vgg"]),
         (["evaluate", "RUN", "--data", "/no/such"], ["/no/such", "is not a folder"]),
         (["evaluate", "RUN", "--out", "report.pdf"], ["report.pdf", ".html"]),
@@ -235,7 +236,7 @@ def test_reports_go_where_they_are_asked_for(runs, ids, tmp_path, capsys, own_ca
     ],
 )
 def test_bad_requests_are_one_line(runs, ids, capsys, own_cache, arguments, parts):
-    if "semi-structured" in arguments and torch.cuda.is_available():
+    if arguments[-1] == "semi-structured" and torch.cuda.is_available():
         pytest.skip("a GPU is here")
     named = [a.replace("RUN2", ids[1]).replace("RUN", ids[0]) for a in arguments]
     status, _, err = call(capsys, *named, "--runs-dir", runs)
