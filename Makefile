@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PRUNEDM_RUNS := $(abspath $(RUNS))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: lab demo test nightly lint audit bench screenshots browser clean
+.PHONY: lab demo test nightly lint audit bench screenshots cluster browser postgres clean
 
 lab: .venv/.user
 	@echo "PruneDM Lab: http://$(if $(SHARE),$$(hostname),127.0.0.1):$(PORT)   (Ctrl-C ends it; runs are kept in $(PRUNEDM_RUNS))"
@@ -17,7 +17,7 @@ lab: .venv/.user
 demo: .venv/.user
 	$(BIN)/python -m prunedm run --preset smoke --name demo
 
-test: .venv/.dev browser
+test: .venv/.dev browser postgres
 	@# One torch thread a process: two processes with two threads each on two cores would wait for one another.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
@@ -54,6 +54,17 @@ browser:
 	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq chromium >/dev/null; } || \
 	  echo "chromium could not be installed: the browser test will be skipped"
 
+# Debian's PostgreSQL for sweeps that several machines share; without it those tests are skipped and say so.
+postgres:
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { \
+	  SUDO=$$( [ "$$(id -u)" = 0 ] || echo "sudo -n" ); \
+	  $$SUDO apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq postgresql >/dev/null; } || \
+	  echo "PostgreSQL could not be installed: the tests of sweeps on it will be skipped"
+
+# What runs and sweeps on several machines need.
+cluster: .venv/.user
+	$(BIN)/python -m pip install -q -r requirements-cluster.txt -c constraints.txt
+
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "Python 3.10 to 3.13 is needed and $(PYTHON) is $$($(PYTHON) -V 2>&1); use make PYTHON=python3.12"; exit 1; }
@@ -65,7 +76,7 @@ browser:
 	@$(BIN)/python -m pip install -q -r requirements.txt -c constraints.txt
 	@touch $@
 
-.venv/.dev: .venv/.user requirements-dev.txt
+.venv/.dev: .venv/.user requirements-dev.txt requirements-cluster.txt
 	@$(BIN)/python -m pip install -q -r requirements-dev.txt -c constraints.txt
 	@touch $@
 

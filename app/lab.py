@@ -11,7 +11,8 @@ from typing import Any
 import streamlit as st
 
 from prunedm import store
-from prunedm.jobs import Jobs, load_engine
+from prunedm.executors import Choice, Chosen
+from prunedm.jobs import load_engine
 from prunedm.jsonl import Lines, Tail
 from prunedm.recipe import Recipe
 from prunedm.records import ACTIVE, RunState
@@ -32,14 +33,14 @@ def runs_dir() -> Path:
 
 
 @st.cache_resource(show_spinner=False)
-def _jobs(folder: Path) -> Jobs:
-    made = Jobs(folder)
+def _jobs(folder: Path) -> Chosen:
+    made = Chosen(folder, Choice.read(folder, os.environ))
     made.warm_up()
     return made
 
 
-def jobs() -> Jobs:
-    """The jobs of this server, shared by all tabs."""
+def jobs() -> Chosen:
+    """The executor of this server's runs, shared by all tabs."""
     return _jobs(runs_dir())
 
 

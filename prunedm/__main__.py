@@ -71,6 +71,8 @@ app.command()(shelf_commands.tag)
 app.command()(shelf_commands.note)
 app.command()(shelf_commands.archive)
 app.command()(shelf_commands.rm)
+app.command()(shelf_commands.copy)
+app.command()(shelf_commands.fetch)
 app.add_typer(shelf_commands.trash_app, name="trash")
 
 

@@ -22,7 +22,10 @@ from .recipe import Recipe
 from .records import RunState
 from .store import Run, StoreError
 
-INSTALL = "the executor ray needs packages that are not here; install them: make cluster"
+INSTALL = (
+    "the executor ray needs packages that are not here; install them: make cluster, or "
+    "pip install -r requirements-cluster.txt -c constraints.txt"
+)
 LOCAL = "local"  # the address of a cluster of this machine alone, which lives as long as this process
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES = 3  # of a run whose worker died
@@ -107,6 +110,13 @@ class RayExecutor:
         with self._lock:
             return list(self._tasks)
 
+    def machines(self) -> list[dict[str, float]]:
+        """CPUs and GPUs of each machine of the cluster, used or not."""
+        import ray
+
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [{"cpus": one.get("CPU", 0.0), "gpus": one.get("GPU", 0.0)} for one in found]
+
     def close(self) -> None:
         """Let go of the cluster. Runs that are worked on are interrupted where it was LOCAL."""
         self._closing.set()
@@ -115,10 +125,8 @@ class RayExecutor:
     # --- tasks ---------------------------------------------------------------------------------
     def put(self, run: Run) -> None:
         """Make a task of a run that is claimed as *queued* by this process."""
-        import ray
-
         wanted = run.recipe().resources
-        if not _fits(ray.nodes(), wanted.cpus, wanted.gpus):
+        if not any(one["cpus"] >= wanted.cpus and one["gpus"] >= wanted.gpus for one in self.machines()):
             text = f"no machine of the cluster has {wanted.cpus} CPUs and {wanted.gpus:g} GPUs: the run waits for one"
             run.event("alert", stage="", step=0, what="no such machine", text=text, remedy="ask for less in resources")
             run.log(f"ALERT: {text}")
@@ -173,13 +181,25 @@ class RayExecutor:
         self._task = ray.remote(work)
         self._ready.set()
         beaten = time.monotonic()
-        while not self._closing.wait(LOOK_EVERY):
+        while not self._closing.is_set():
+            self._wait()
             self._look_at_tasks()
             if time.monotonic() - beaten > BEAT_EVERY:
                 beaten = time.monotonic()
                 self._beat()
         if is_ours:
             ray.shutdown()
+
+    def _wait(self) -> None:
+        """For a task to end, or for a moment."""
+        import ray
+
+        with self._lock:
+            tasks = list(self._tasks.values())
+        if tasks:
+            ray.wait(tasks, num_returns=1, timeout=LOOK_EVERY)
+        else:
+            self._closing.wait(LOOK_EVERY)
 
     def _connect(self) -> bool:
         import ray
@@ -312,12 +332,6 @@ def require_reserved(recipe: Recipe) -> None:
             f"device={device} is not among the GPUs that resources.gpus={gpus:g} reserves; set "
             f"resources.gpus={int(number or 0) + 1}, or device=auto"
         )
-
-
-def _fits(nodes: list[dict[str, Any]], cpus: int, gpus: float) -> bool:
-    """Whether a machine of the cluster has so much, used or not."""
-    have = [node["Resources"] for node in nodes if node["Alive"]]
-    return any(one.get("CPU", 0) >= cpus and one.get("GPU", 0) >= gpus for one in have)
 
 
 def _environment(gpus: float) -> dict[str, str]:

@@ -259,11 +259,28 @@ def _print_figures(judged: list[Judged]) -> None:
     for label, cells in report.figure_rows(results):
         table.add_row(label, *cells.values())
     console.print(table)
+    _print_speed(console, judged)
     _print_warnings(console, judged)
     for one in judged:
         line = comparison.verdict(one)
         if line:
             console.print(f"{one.label}: {line}")
+
+
+def _print_speed(console: Console, judged: list[Judged]) -> None:
+    """What was timed, way by way and batch by batch; what could not be timed, with the reason."""
+    from rich.table import Table
+
+    table = Table("model", "way", "batch", "ms a call", "10th to 90th", "ms an image")
+    for one in judged:
+        for row in one.get("speed") or []:
+            call = row["call"]
+            cells = [f"absent: {row['absent'] or 'no reason was recorded'}"]
+            if call:
+                cells = [f"{call['median']:.2f}", f"{call['p10']:.2f} to {call['p90']:.2f}", f"{row['per_image']:.3f}"]
+            table.add_row(one.label, row["way"], str(row["batch"] or ""), *cells)
+    if table.row_count:
+        console.print(table)
 
 
 def _print_warnings(console: Console, judged: list[Judged]) -> None:

@@ -6,7 +6,6 @@ lie on a CPU, so that autocast and fused attention choose the same operations as
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from contextlib import ExitStack, nullcontext
@@ -296,8 +295,3 @@ def _numerics(found: nn.Module, bf16: bool, kind: str) -> ExitStack:
 
 def _in_fp32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.float() for x in inputs)
-
-
-def real(found: nn.Module) -> Outline:
-    """An outline around a copy of a UNet with real weights, to compare with."""
-    return Outline(copy.deepcopy(found), dict(found.config) | {"_class_name": found.__class__.__name__})

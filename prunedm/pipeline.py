@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import failure, giveway, parallel, shared_run, system
+from . import artifacts, failure, giveway, parallel, shared_run, system
 from .progress import MetricsWriter
 from .records import Step
 from .stages import Pipeline
@@ -46,7 +46,7 @@ def work(
     """:func:`execute`, for the one who holds the run's lock."""
     from . import training
 
-    with training.memory_kept(), system.sampled(run):
+    with training.memory_kept(), system.sampled(run), artifacts.mirrored(run):
         state = run.state()
         run.require_free(state)
         run.claim(state, "running")

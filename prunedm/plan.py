@@ -9,6 +9,7 @@ and reinforce's loss residual as one number a timestep bin. Nothing overlaps, so
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ from . import allocate, bundled, diffusion, forecast, masked_unet, outline, samp
 from .importance import CALIBRATION_BATCHES
 from .inputs import overrides
 from .mask_stage import BASELINE_BATCH, BASELINE_IMAGES, SENSITIVITY_IMAGES, initial_kind
-from .outline import Outline, Trace
+from .outline import Costs, Outline, Trace
 from .plan_model import (
     FP32,
     Line,
@@ -81,6 +82,13 @@ class Planner:
         masked_unet.require_eligible(self.structured.unet, spec.n, spec.m, given)
         rows = masked_unet.layer_reports(self.structured.unet, spec.n, spec.m, given)
         return sum(math.prod(row.shape) for row in rows if row.eligible)
+
+    @functools.cached_property
+    def forward(self) -> Costs:
+        """A call of the model after stage 1 without gradients, in training's precision."""
+        if not self.bf16:
+            return self.call
+        return outline.costs(self.structured, True, self.setting.device.kind, backward=False)
 
     def _part(self, batch: float) -> Trace:
         """Forward and backward of one of the parts into which a batch is split to save memory."""
@@ -148,8 +156,8 @@ class Planner:
         """Time of the dense model's prediction, where the recipe distils: its forward pass goes with its MACs."""
         if not self.recipe.train.distill:
             return 0.0
-        forward = self.training.at(self.batch).forward_only()
-        return seconds(forward, self.setting) * self.dense_call.at(1).macs / self.call.at(1).macs
+        forward = seconds(self.forward.at(self.batch), self.setting)
+        return forward * self.dense_call.at(1).macs / self.call.at(1).macs
 
     def _teacher_bytes(self) -> float:
         return FP32 * self.dense.parameters if self.recipe.train.distill else 0.0
@@ -158,12 +166,11 @@ class Planner:
         """Scores of the weights for m0, where they look at images (importance.py)."""
         kind, gradients = initial_kind(self.recipe), initial_kind(self.recipe) == "fisher"
         steps = CALIBRATION_BATCHES if kind in ("wanda", "fisher") else 0
-        forward = self.training.at(self.batch).forward_only()
-        compute = self._passes() if gradients else seconds(forward, self.setting)
+        compute = self._passes() if gradients else seconds(self.forward.at(self.batch), self.setting)
         fixed = FP32 * self.structured.parameters, (M0_BYTES + (2 * FP32 if gradients else 0)) * self.prunable
 
         def at(batch: float) -> float:
-            return (self._part(batch) if gradients else self.call.at(batch)).activations
+            return (self._part(batch) if gradients else self.forward.at(batch)).activations
 
         name, summed = ("mask", f"{kind} scores of weights"), FP32 * self.prunable if gradients else 0.0
         return self._stage(name, steps, self.batch, compute, fixed, at, summed)
@@ -203,7 +210,7 @@ class Planner:
             outside = max(outside, update.transient * count)
 
         def at(batch: float) -> float:
-            held = self.call.at(batch).peak if calls_only else self._part(batch).activations
+            held = self.forward.at(batch).peak if calls_only else self._part(batch).activations
             return max(held + masks.during * prunable, outside)
 
         fixed, summed = (FP32 * count + self._teacher_bytes(), state), summed_bytes(spec, count, prunable)
@@ -213,7 +220,7 @@ class Planner:
         """Seconds of the UNet's passes: reinforce judges m0 and each drawn mask, forward only unless weights train."""
         if spec.method != "reinforce":
             return self._passes()
-        forward = seconds(self.training.at(self.batch).forward_only(), self.setting)
+        forward = seconds(self.forward.at(self.batch), self.setting)
         drawn = self._passes() if spec.train_weights else forward
         return (0.0 if spec.cached_batches else forward) + spec.samples * drawn
 

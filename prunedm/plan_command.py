@@ -28,7 +28,7 @@ def plan(
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="change one field")
     ] = None,
     price: Annotated[
-        float | None, typer.Option("--price-per-hour", help="of one device; without it no cost is shown")
+        float | None, typer.Option("--price-per-hour", help="of one device, for money beside device-hours")
     ] = None,
     efficiency: Annotated[float, typer.Option(help="share of published peaks that you expect to reach")] = 1.0,
     interconnect: Annotated[float | None, typer.Option(help="GB/s that a device sends to the others, one way")] = None,

@@ -108,6 +108,12 @@ class Train(Section):
     accumulate: int = Field(
         1, ge=1, le=4096, description="parts of a batch that are passed one after another: less memory, the same step"
     )
+    validations: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="losses on held-out images measured in each stage, evenly spaced; sweeps that prune set 4",
+    )
     compile: bool = Field(False, description="torch.compile: minutes to begin with, then often quicker on a GPU")
 
 
@@ -141,10 +147,23 @@ class Eval(Section):
 
 
 class Resources(Section):
-    """What a cluster reserves for a run (cluster.py); on one machine nothing reads it."""
+    """What a cluster reserves for a run (cluster.py), and where a copy of the run is kept (artifacts.py)."""
 
     cpus: int = Field(1, ge=1, le=1024, description="processor cores; a run computes on as many threads")
     gpus: float = Field(0, ge=0, le=64, description="GPUs: 0, a share such as 0.5, or a whole number")
+    artifacts: str | None = Field(
+        None, description="URL under which the run folder is copied while it is worked on: s3://bucket/runs, file:///x"
+    )
+
+    @field_validator("artifacts")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^@\s]+", value):
+            raise ValueError(
+                "is no URL without user and password; give one such as s3://bucket/runs, and keys where its driver "
+                "looks for them"
+            )
+        return value
 
     @model_validator(mode="after")
     def _whole(self) -> Resources:

@@ -1,4 +1,4 @@
-"""``python -m prunedm tag``, ``note``, ``archive``, ``rm`` and ``trash``: how runs are kept, and given up."""
+"""``python -m prunedm tag|note|archive|rm|copy|fetch|trash``: how runs are kept, and given up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import shelf, store
+from . import artifacts, shelf, store
 from .terminal import AsJson, RunsDir
 
 OwnRunsDir = Annotated[Path | None, typer.Option("--runs-dir", help="folder of the runs", show_default=False)]
@@ -66,6 +66,19 @@ def rm(runs: list[str], runs_dir: RunsDir = Path("runs"), as_json: AsJson = Fals
             print(f"{run.id} is in the trash; bring it back with: {back}")
     if as_json:
         print(json.dumps([_row(one) for one in moved]))
+
+
+def copy(run: str, url: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
+    """Copy a run to a URL: s3://bucket/runs, file:///x; `fetch` brings it back."""
+    found = store.find(runs_dir, run)
+    count = artifacts.Mirror(found, url).push()
+    print(json.dumps({"run": run, "url": url, "files": count}) if as_json else f"{run}: {count} files are at {url}")
+
+
+def fetch(url: str, run: str, runs_dir: RunsDir = Path("runs"), as_json: AsJson = False) -> None:
+    """Bring a run back from its copy at a URL."""
+    found = artifacts.fetch(url, run, runs_dir)
+    print(json.dumps({"run": run, "folder": str(found.folder)}) if as_json else f"{run} is in {runs_dir}")
 
 
 @trash_app.callback(invoke_without_command=True)

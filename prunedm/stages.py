@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import (
+    data,
     diffusion,
     evaluate,
     giveway,
@@ -41,6 +42,7 @@ from .training import DenseLoss, Learner, Task, Trainer, Weights, Window
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 20  # and at most a twentieth of the time goes into writing them
 PREVIEW_IMAGES, PREVIEW_STEPS = 16, 10
+VALIDATED = 64  # held-out images of the losses on the way: the evaluation's first ones, with the same noise
 
 
 class Pipeline:
@@ -283,6 +285,8 @@ class Pipeline:
             if masks is not None:
                 for alert in masks.follow(step):
                     self._alert(stage, step.step, **alert)
+            if is_due(step.step, steps, self.recipe.train.validations):
+                step.values["validation_loss"] = self._validation_loss(learner)
             yield step
             # After the step is recorded: drawing gives way, with a checkpoint, which must hold whole steps.
             if step.step in previewed:
@@ -338,12 +342,16 @@ class Pipeline:
                 unet.save(model, self.model.scheduler, self.run.variant(name), record)
 
     def _preview(self, stage: str, step: int, learner: Learner) -> None:
-        """Draw the model of the moment: under the masks that would be chosen now."""
-        if isinstance(learner, FixedMasks):
-            learner.masked.wear(learner.choice())
-            self._draw(stage, step, learner.masked.unet)
-        else:
-            self._draw(stage, step, learner.unet)
+        """Draw the model of the moment."""
+        self._draw(stage, step, _of_the_moment(learner))
+
+    def _validation_loss(self, learner: Learner) -> float:
+        """Of the model of the moment. It does not give way: the step that it belongs to is not recorded yet."""
+        model, seed = _of_the_moment(learner), self.recipe.eval.seed
+        images = data.to_float(self.images.held_out[:VALIDATED], self.device)
+        batches = diffusion.validation_batches(self.model.scheduler, images, VALIDATED, VALIDATED, seed)
+        with giveway.listening(None):
+            return diffusion.validation_loss(lambda x, t: model(x, t).sample, batches)
 
     def _draw(self, stage: str, step: int, model: torch.nn.Module) -> None:
         """The same few seeds again, so that progress can be seen. Rank 0's part."""
@@ -355,3 +363,16 @@ class Pipeline:
         png = pictures.sheet_png(diffusion.to_uint8(images), info)
         store.write_atomic(self.run.sample_path(stage, step), png)
         self.run.event("sample", stage=stage, step=step)
+
+
+def is_due(step: int, steps: int, times: int) -> bool:
+    """Whether what is done ``times`` times in a stage, evenly spaced and at its end, is done after this step."""
+    return step > 0 and step * times // steps > (step - 1) * times // steps
+
+
+def _of_the_moment(learner: Learner) -> torch.nn.Module:
+    """The model as it is now: under the masks that would be chosen."""
+    if not isinstance(learner, FixedMasks):
+        return learner.unet
+    learner.masked.wear(learner.choice())
+    return learner.masked.unet

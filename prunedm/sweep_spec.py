@@ -23,6 +23,7 @@ from .stage_recipes import PRUNE_READ_BY, READ_BY, Section
 from .sweep_ranges import Probe, Range, nested, points_of, require_accepted, require_fitting, suggest
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}"  # a trial's recipe is called NAME-012, within a recipe's 40
+QUARTERS = 4  # of a stage, after each of which trials are compared
 QUALITIES = {"validation_loss": "validation_loss", "fid": "fid"}
 COSTS = {
     "bytes": "sizes.packed_fp16",
@@ -173,6 +174,8 @@ class Sweep(Section):
                 document[section] = {k: v for k, v in own.items() if method in read_by.get(k, (method,))}
         for key, value in values.items():
             document = recipes.merge(document, nested(key, value))
+        if self.pruner != "none" and not document.get("train", {}).get("validations"):
+            document = recipes.merge(document, nested("train.validations", QUARTERS))
         return recipes.build(recipes.merge(document, {"name": name or self.name}))
 
     def grid(self) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
 """A sweep's look at a run that is under way: intermediate values, and whether to end it early.
 
-A run of today records no validation loss while it trains, so that what is reported is the mean training loss of
-each quarter of fine-tuning, mask learning and recovery. Where a stage's steps carry a ``validation_loss``, the last
-one of the quarter is reported in its place.
+Reported is the ``validation_loss`` at the end of each quarter of fine-tuning, mask learning and recovery: a sweep that
+prunes has its runs measure them. In runs that measure none it is the mean training loss of the quarter.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from .jobs import Stop
 from .records import STAGE_LABELS, Step
 from .store import Run
-from .sweep_spec import Sweep
+from .sweep_spec import QUARTERS, Sweep
 from .sweep_trials import SEEN
 
 if TYPE_CHECKING:
     from optuna import Trial
 
-QUARTERS = 4
 VALIDATION, TRAINING = "validation loss", "mean training loss of a quarter of a stage"
 
 

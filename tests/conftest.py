@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,9 @@ def cache_folder(tmp_path_factory) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def configured() -> None:
-    """As app/.streamlit/config.toml says, which AppTest does not read."""
+    """As app/.streamlit/config.toml says, which AppTest does not read; the engine's tests need no Streamlit."""
+    if find_spec("streamlit") is None:
+        return
     from streamlit import config
 
     config.set_option("server.address", "127.0.0.1")

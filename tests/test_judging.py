@@ -70,6 +70,13 @@ def test_a_runs_own_figures_are_not_computed_again_and_gain_speed(runs, ids, cap
     assert {row["batch"] for row in after["nm"]["speed"]} == {1, 2} and after["nm"]["fid"] == before["nm"]["fid"]
 
 
+def test_each_way_that_was_timed_is_printed_and_what_was_not_with_its_reason(runs, ids, capsys, own_cache):
+    status, out, _ = call(capsys, "evaluate", ids[0], "--runs-dir", runs, "--ways", "eager,channels_last", "--measure")
+    assert status == 0
+    lines = [line for line in out.splitlines() if f"{ids[0]} N:M" in line]
+    assert any("eager" in line for line in lines) and any("channels_last" in line for line in lines), out
+
+
 def test_another_setting_is_judged_once_and_kept_in_the_run(runs, ids, capsys, own_cache, monkeypatch):
     arguments = ("evaluate", ids[0], "--images", "70", "--sampler", "ddpm", "--seed", "3", "--runs-dir", runs)
     first = judged(capsys, *arguments)

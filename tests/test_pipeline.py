@@ -386,3 +386,18 @@ def test_a_stage_one_that_cannot_work_is_refused_before_a_run_is_made(tmp_path, 
     recipe = micro(prune={"layout": "uniform"}, eval={"sampler": "euler"})
     with pytest.raises(ValueError, match=r"eval\.sampler=euler .*; use ddim"):
         inputs.load_inputs(recipe, tmp_path)
+
+
+def test_validation_losses_on_the_way_are_recorded_and_change_nothing(tmp_path, micro):
+    plain, watched = (store.create(tmp_path, micro(train={"validations": n})) for n in (0, 3))
+    assert pipeline.execute(plain) == pipeline.execute(watched) == "done"
+    found = [(r["stage"], r["step"]) for r in watched.metrics() if "validation_loss" in r]
+    assert found == [(stage, step) for stage in ("finetune", "mask", "recover") for step in (2, 4, 6)]
+    assert all(0 < r["validation_loss"] < 10 for r in watched.metrics() if "validation_loss" in r)
+    assert not [r for r in plain.metrics() if "validation_loss" in r]
+    ways = [
+        (run.variant("nm") / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for run in (plain, watched)
+    ]
+    assert ways[0] == ways[1]
+    losses = [[r["loss"] for r in run.metrics() if "loss" in r] for run in (plain, watched)]
+    assert losses[0] == losses[1]

@@ -304,6 +304,13 @@ def test_bad_trials_end_early_and_say_why(tmp_path, pruner):
             assert ended == (number >= 5 and values[number][2] > middle)
 
 
+def test_a_sweep_that_prunes_has_its_runs_measure_validation_losses():
+    one = spec(objectives={"cost": "none"})
+    pruning = spec(objectives={"cost": "none"}, pruner="median")
+    own = spec(objectives={"cost": "none"}, pruner="median", recipe={"train": {"validations": 8}})
+    assert [each.recipe_of({}).train.validations for each in (one, pruning, own)] == [0, 4, 8]
+
+
 def test_intermediate_values_are_quarters_and_validation_losses_where_there_are_some(tmp_path):
     run = store.create(tmp_path, recipes.build({"prune": {"finetune_steps": 8}, "mask": {"steps": 2}}))
     run.append("metrics.jsonl", [{"stage": "finetune", "step": i, "loss": float(i)} for i in (1, 2, 3)])

@@ -1,0 +1,217 @@
+"""Runs as Ray tasks, on a cluster of two CPUs on loopback: queued, stopped, retried when their worker is killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prunedm import cluster, jobs, store
+from prunedm import recipe as recipes
+from prunedm.__main__ import main
+from prunedm.cluster import ClusterError, RayExecutor
+from prunedm.recipe import Recipe
+from prunedm.records import ACTIVE
+from prunedm.store import Run
+
+PATIENCE = 300  # seconds, on a machine that does much else
+
+
+def until(say, patience=PATIENCE):
+    """What ``say()`` gives once that is something."""
+    deadline = time.monotonic() + patience
+    while not (found := say()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def at_work(run: Run, stage: str, step: int):
+    """The run's state once it is so far; an error where it ended before."""
+
+    def reached():
+        state = run.state()
+        assert state.status in (*ACTIVE, "interrupted"), state.error
+        return state.stage == stage and state.step >= step and state
+
+    return until(reached)
+
+
+def ended(run: Run) -> str:
+    return until(lambda: run.state().status not in (*ACTIVE, "interrupted") and run.state().status)
+
+
+def kinds(run: Run) -> list[str]:
+    return [event["kind"] for event in run.events()]
+
+
+@pytest.fixture(scope="module")
+def two_cpus():
+    """A Ray cluster of this machine, which all executors of this process use."""
+    ray = pytest.importorskip("ray", reason=cluster.INSTALL)
+    for name, value in cluster.RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=100 * 2**20,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def executor(two_cpus, tmp_path):
+    made = RayExecutor(tmp_path)
+    yield made
+    for run_id in made.held():
+        made.stop(Run(tmp_path / run_id))
+    until(lambda: not made.held())
+    made.close()
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    files = sorted((run.folder / "variants").glob("*/**/*.safetensors"))
+    assert files
+    return {f"{path.relative_to(run.folder)}:{name}": t for path in files for name, t in load_file(path).items()}
+
+
+def test_a_killed_worker_is_retried_and_ends_with_the_uninterrupted_result(executor, micro):
+    recipe = micro(mask={"steps": 200})
+    whole, hurt = executor.submit(recipe), executor.submit(recipe)
+    state = at_work(hurt, "mask", 1)
+    assert state.pid != os.getpid() and hurt.state().status == "running"
+    os.kill(state.pid, signal.SIGKILL)
+    assert [ended(hurt), ended(whole)] == ["done", "done"]
+    assert kinds(hurt).count("worker_lost") == 1 and kinds(hurt).count("started") == 2
+    assert kinds(whole).count("worker_lost") == 0
+    assert "another one goes on from the last checkpoint (1 of 3)" in hurt.log_path.read_text()
+    expected, found = weights(whole), weights(hurt)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    plain = [[(m["stage"], m["step"], m["loss"]) for m in run.metrics() if "loss" in m] for run in (whole, hurt)]
+    assert plain[0] == plain[1], "each step is recorded once, as if nothing had happened"
+    assert [event["stage"] for event in hurt.events() if event["kind"] == "stage"].count("finetune") == 1
+
+
+def test_runs_wait_for_what_they_reserve_and_are_stopped_waiting_or_working(executor, micro):
+    recipe = micro(mask={"steps": 5000}, resources={"cpus": 2})
+    first, second, third = (executor.submit(recipe) for _ in range(3))
+    until(lambda: first.state().status == "running" and executor.position(first.id) is None)
+    assert [executor.position(run.id) for run in (second, third)] == [1, 2]
+    with pytest.raises(store.StoreError, match="is queued on the cluster; it cannot be resumed"):
+        executor.resume(second)
+    executor.stop(second)
+    assert second.state().status == "stopped" and executor.position(third.id) == 1
+    assert executor.held() == [first.id, third.id] and "started" not in kinds(second)
+    at_work(first, "mask", 0)
+    first.request_pause()
+    until(lambda: first.state().status == "paused")
+    first.clear_pause()
+    until(lambda: first.state().status == "running")
+    first.request_stop()  # as `prunedm stop` does, from whichever process
+    assert ended(first) == "stopped"
+    until(lambda: third.state().status == "running")
+    executor.stop(third)
+    assert ended(third) == "stopped"
+    until(lambda: not executor.held())
+    executor.resume(third)
+    assert third.state().status == "queued" and executor.position(third.id) == 1
+    third.request_stop()  # of one that waits: the executor sees it
+    assert ended(third) == "stopped"
+
+
+def test_what_fails_on_the_cluster_is_said_in_the_run(executor, micro):
+    wrong = executor.submit(micro(device="mps"))  # whether it is there is the worker's to find out
+    bigger = executor.submit(micro(resources={"cpus": 64}))
+    assert ended(wrong) == "failed" and "mps" in wrong.state().error
+    (alert,) = [event for event in bigger.events() if event["kind"] == "alert"]
+    assert "no machine of the cluster has 64 CPUs" in alert["text"]
+    until(lambda: executor.held() == [bigger.id])
+    assert executor.position(bigger.id) == 1
+
+
+def test_a_run_is_followed_as_if_it_were_here(executor, micro):
+    steps = []
+    run = jobs.made(micro(), executor.runs_dir)
+    assert jobs.through(executor, poll=0.05)(run, steps.append, lambda: False) == "done"
+    expected = [(record["stage"], record["step"]) for record in run.metrics()]
+    assert [(step.stage, step.step) for step in steps] == expected and expected
+    assert run.evaluation()["nm"]["validation_loss"] > 0 and run.report_path.exists()
+
+
+# --- without a cluster ---------------------------------------------------------------------------
+def test_without_ray_the_choice_says_how_to_install_it(tmp_path, monkeypatch, capsys, micro):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *given: None if name == "ray" else real(name, *given))
+    with pytest.raises(ClusterError, match="make cluster"):
+        RayExecutor(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(micro().to_yaml())
+    assert main(["run", str(path), "--runs-dir", str(tmp_path), "--executor", "ray"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pip install -r requirements-cluster.txt" in said
+    assert not store.all_runs(tmp_path), "nothing is left behind"
+
+
+def test_an_address_without_ray_and_ray_under_a_launcher_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    given = ["run", "--preset", "smoke", "--runs-dir", str(tmp_path)]
+    assert main([*given, "--address", "auto"]) == 2
+    assert "--address auto is read by --executor ray alone" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*given, "--executor", "ray"]) == 2
+    assert "without a launcher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "words"),
+    [("cuda", 0, "resources.gpus=1"), ("cuda:1", 1, "resources.gpus=2"), ("cuda:0", 0.5, None), ("auto", 0, None)],
+)
+def test_a_run_uses_no_gpu_that_it_did_not_reserve(device, gpus, words):
+    recipe = Recipe(device=device, resources={"gpus": gpus})
+    if words is None:
+        cluster.require_reserved(recipe)
+        return
+    with pytest.raises(ClusterError, match=words):
+        cluster.require_reserved(recipe)
+
+
+@pytest.mark.parametrize(("gpus", "is_valid"), [(0, True), (0.25, True), (2, True), (1.5, False), (-1, False)])
+def test_gpus_are_a_share_or_a_whole_number(gpus, is_valid):
+    changes = {"resources": {"gpus": gpus}}
+    if is_valid:
+        assert recipes.build(recipes.merge({}, changes)).resources.gpus == gpus
+    else:
+        with pytest.raises(recipes.RecipeError, match="gpus"):
+            recipes.build(recipes.merge({}, changes))
+
+
+def test_a_run_whose_workers_die_again_and_again_is_given_up(tmp_path):
+    run = store.create(tmp_path, Recipe())
+    run.event(cluster.SENT)
+    for number in range(1, cluster.RETRIES + 1):
+        assert cluster.take_back(run, run.state()) and run.state().status == "queued"
+        assert f"({number} of {cluster.RETRIES})" in run.log_path.read_text()
+    assert not cluster.take_back(run, run.state())
+    assert run.state().status == "interrupted" and "its worker died 4 times" in run.state().error
+    run.event(cluster.SENT)
+    assert cluster.take_back(run, run.state()), "sent again, it counts anew"
+
+
+def test_a_task_that_begins_after_its_run_was_stopped_leaves_it(tmp_path):
+    run = store.create(tmp_path, Recipe())
+    run.end(run.state(), "stopped", None)
+    before = Path(run.folder / "state.json").read_bytes()
+    assert cluster.work(str(run.folder)) == "stopped"
+    assert (run.folder / "state.json").read_bytes() == before and json.loads(before)["status"] == "stopped"
