@@ -16,7 +16,7 @@ import ranked
 import torch
 from safetensors.torch import load_file
 
-from prunedm import parallel, store
+from prunedm import parallel, pipeline, store
 from prunedm.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,12 +136,15 @@ def test_accelerate_launch_on_the_cpu_starts_one_and_the_run_says_so(micro, tmp_
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_goes_on(micro, tmp_path):
-    recipe = micro(mask={"method": "gumbel", "steps": 400})
+    recipe = micro(mask={"method": "gumbel", "steps": 150})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     command = [*TORCHRUN, *PRUNEDM, "run", str(tmp_path / "recipe.yaml"), "--runs-dir", str(tmp_path / "runs")]
-    launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    _kill_rank_1_in_stage_2(launcher, tmp_path / "runs")
-    stderr = launcher.communicate(timeout=PATIENCE)[1]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as launcher:
+        try:
+            _kill_rank_1_in_stage_2(launcher, tmp_path / "runs")
+            stderr = launcher.communicate(timeout=PATIENCE)[1]
+        finally:
+            launcher.terminate()  # which ends its ranks; it has ended unless something went wrong
     assert launcher.returncode != 0
     run = only_run(tmp_path / "runs")
     state = run.state()
@@ -155,6 +158,24 @@ def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_goes_on(micro, tmp_
     assert "finetune" in second["stages_done"]
 
 
+@pytest.mark.slow
+def test_a_run_that_one_rank_began_is_resumed_by_two(micro, tmp_path):
+    """In the middle of stage 2; the result is that of one rank, but for rounding."""
+    recipe = micro(train={"precision": "fp32"}, mask={"method": "gumbel", "lr": 0.15})
+    pipeline.execute(store.create(tmp_path / "whole", recipe))
+    run, steps = store.create(tmp_path / "resumed", recipe), []
+    pipeline.execute(run, steps.append, lambda: bool(steps) and (steps[-1].stage, steps[-1].step) == ("mask", 3))
+    assert run.has_checkpoint("mask")
+    assert run.state().status == "stopped"
+    ended = launch([*TORCHRUN, *PRUNEDM, "resume", run.id, "--runs-dir", str(run.folder.parent)])
+    assert ended.returncode == 0, ended.stderr
+    expected, found = (only_run(tmp_path / name).evaluation()["nm"] for name in ("whole", "resumed"))
+    assert found["nonzero_parameters"] == expected["nonzero_parameters"]
+    assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
+    recorded = [(r["stage"], r["step"]) for r in run.metrics()]
+    assert len(recorded) == len(set(recorded))
+
+
 def _kill_rank_1_in_stage_2(launcher: subprocess.Popen[str], runs_dir: Path) -> None:
     """SIGKILL, once the run is learning masks."""
     deadline = time.monotonic() + PATIENCE
@@ -166,8 +187,8 @@ def _kill_rank_1_in_stage_2(launcher: subprocess.Popen[str], runs_dir: Path) -> 
                     child.kill()
                     return
         time.sleep(0.05)
-    launcher.kill()
-    raise AssertionError(f"stage 2 was not reached: {launcher.communicate()[1]}")
+    launcher.terminate()
+    raise AssertionError(f"stage 2 was not reached: {launcher.communicate(timeout=PATIENCE)[1]}")
 
 
 # --- what a launcher may ask for --------------------------------------------------------------
