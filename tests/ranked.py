@@ -1,4 +1,5 @@
-"""What each rank of test_parallel.py does: trains by every method on the same task, and keeps what came of it.
+"""What each rank of test_parallel.py does: trains by every method on the same task, scores channels and weights by what
+images say of them, and keeps what came of it.
 
 torchrun --standalone --nproc_per_node=2 tests/ranked.py FOLDER
 """
@@ -18,11 +19,11 @@ from conftest import make_unet  # noqa: E402
 from diffusers import DDPMScheduler  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from prunedm import data, learn, parallel, training  # noqa: E402
+from prunedm import channel_scores, data, importance, learn, parallel, training  # noqa: E402
 from prunedm.diffusion import Timesteps  # noqa: E402
 from prunedm.masked_unet import MaskedUNet  # noqa: E402
 from prunedm.recipe import Train  # noqa: E402
-from prunedm.stage_recipes import Mask  # noqa: E402
+from prunedm.stage_recipes import Mask, Prune  # noqa: E402
 from prunedm.training import Trainer, Weights, Window  # noqa: E402
 
 STEPS = 5
@@ -38,6 +39,22 @@ CASES: dict[str, dict[str, Any]] = {
     "gumbel, wide": {"method": "gumbel", "channels": (32, 64)},
 }
 
+CHANNEL_SCORES, WEIGHT_SCORES = ("taylor", "diff-pruning", "activation"), ("fisher", "wanda")
+
+
+def task_of() -> training.Task:
+    images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return training.Task(DDPMScheduler(), data.Batches(images, 9, 0), 0, torch.device("cpu"), False)
+
+
+def statistics(kind: str) -> dict[str, torch.Tensor]:
+    """Scores of channels, by weight, or of weights, by bank."""
+    if kind in WEIGHT_SCORES:
+        masked = MaskedUNet(make_unet().requires_grad_(False), 2, 4, ())
+        return {str(i): scores for i, scores in enumerate(importance.weight_scores(masked, kind, task_of()))}
+    spec = Prune(method=kind, calibration_images=9, calibration_steps=4)
+    return channel_scores.saliencies(make_unet(), spec, task_of())
+
 
 def trainer(
     method: str | None,
@@ -48,8 +65,7 @@ def trainer(
     **spec: Any,
 ) -> tuple[Trainer, MaskedUNet | None]:
     """A short stage, and its masks where it has any."""
-    images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    task = training.Task(DDPMScheduler(), data.Batches(images, 9, 0), 0, torch.device("cpu"), False)
+    task = task_of()
     task.accumulate, task.timesteps = accumulate, Timesteps(timesteps, 1000) if timesteps else None
     unet, window = make_unet(block_out_channels=channels), Window.of(STEPS)
     if method is None:
@@ -79,6 +95,8 @@ def main() -> int:
         tensors, records = work(case)
         save_file(tensors, folder / f"{case}.{parallel.rank()}.safetensors")
         (folder / f"{case}.{parallel.rank()}.json").write_text(json.dumps(records))
+    for kind in (*CHANNEL_SCORES, *WEIGHT_SCORES):
+        save_file({name: t.contiguous() for name, t in statistics(kind).items()}, folder / f"{kind}.{parallel.rank()}")
     (folder / f"ranks.{parallel.rank()}").write_text(str(parallel.size()))
     return 0
 

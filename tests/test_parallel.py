@@ -91,6 +91,17 @@ def test_reinforce_sends_the_same_few_bytes_whatever_the_models_size(two_ranks):
     assert min(sent["gumbel, wide"]) > 3 * max(sent["gumbel"]) > 1000 * max(sent["reinforce"])  # gradients grow
 
 
+@pytest.mark.parametrize("kind", [*ranked.CHANNEL_SCORES, *ranked.WEIGHT_SCORES])
+def test_what_images_say_of_channels_and_weights_is_the_same_over_two_ranks(two_ranks, kind):
+    alone = ranked.statistics(kind)
+    for rank in (0, 1):
+        found = load_file(two_ranks / f"{kind}.{rank}")
+        assert found.keys() == alone.keys()
+        for name, scores in alone.items():
+            torch.testing.assert_close(found[name], scores, atol=1e-5 * float(scores.abs().max()), rtol=1e-5)
+    assert any(scores.abs().max() > 0 for scores in alone.values())
+
+
 # --- whole runs -------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_evaluation_over_two_ranks_equals_one(micro, tmp_path, monkeypatch):
