@@ -399,7 +399,7 @@ def test_the_queue_goes_on_after_a_run_that_cannot_even_start(runs, micro):
     jobs = lab.jobs()
     bad = store.create(runs, micro(name="bad"))
     (bad.folder / "recipe.yaml").write_text("mask: {n: 9}")
-    jobs._put(bad)
+    jobs.put(bad)
     good = jobs.submit(micro(name="good"))
     wait(good, "done")
     state = bad.state()

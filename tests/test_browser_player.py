@@ -53,7 +53,7 @@ def test_a_mask_is_played_stepped_and_zoomed(run, tmp_path):
         bar.focus()
         page.keyboard.press("Home")
         page.keyboard.press("ArrowRight")
-        page.get_by_text("Kept share at step 10 as a table").wait_for(timeout=15_000)
+        page.get_by_text("Step 10 as tables").wait_for(timeout=15_000)
         assert said.inner_text().startswith("step 10 (2 of 6)")
         assert bar.get_attribute("aria-valuetext") == said.inner_text()
         assert picture.evaluate(ZOOM) == [1.5, 4.5]

@@ -31,7 +31,7 @@ class Watch:
     def __init__(self, run, monkeypatch):
         self.run, self.calls, self.since, self.most, self.longest = run, {}, 0, {}, {}
         self.at_call = lambda stage, number: None
-        self.stage, self.last = "prune", time.thread_time()
+        self.stage, self.last = "before the first", time.thread_time()
         plain = pipeline.Session.give_way
 
         def give_way(session):

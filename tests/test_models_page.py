@@ -364,7 +364,7 @@ def test_another_architecture_is_refused_with_its_name(runs, theirs):
     app = open_page("models")
     app.text_input(key="models.path").set_value(str(theirs)).run()
     click(app, "Add the folder")
-    assert "UNet2DConditionModel; only UNet2DModel is supported" in shown(app) and imports.listing(runs) == []
+    assert "'UNet2DConditionModel'; only UNet2DModel is supported" in shown(app) and imports.listing(runs) == []
 
 
 def test_a_link_chooses_runs_or_an_imported_model(with_done, runs, theirs):

@@ -242,7 +242,8 @@ def test_a_training_killed_before_its_first_checkpoint_begins_again(trained, ima
 
 
 def test_a_loss_that_is_no_number_is_exit_1(image_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain.Task, "losses", lambda *_: torch.full((8,), torch.nan, requires_grad=True))
+    lost = torch.full((8,), torch.nan, requires_grad=True)
+    monkeypatch.setattr(pretrain.Task, "_pass", lambda *_: (lost, lost.detach()))
     assert main(arguments(image_folder, tmp_path / "m")) == 1
     printed = capsys.readouterr()
     assert "error: the loss became nan at step 1 of pretrain; lower train.lr" in printed.err
