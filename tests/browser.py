@@ -108,3 +108,11 @@ def settle(page, seconds: float = 15) -> None:
     """Wait until the page's script rests."""
     page.wait_for_selector(IDLE, timeout=seconds * 1000)
     page.wait_for_timeout(400)
+
+
+def choose(page, label: str, option: str) -> None:
+    """Take an option of a list; brought into view first, as a list closes when the page scrolls."""
+    page.get_by_label(label).scroll_into_view_if_needed()
+    page.wait_for_timeout(400)
+    page.get_by_label(label).click()
+    page.get_by_role("option", name=option).click()

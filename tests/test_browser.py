@@ -78,8 +78,7 @@ def exports_and_downloads(page, run, tmp_path) -> None:
     page.get_by_role("link", name="Models").click()
     page.get_by_text("Every N:M layer keeps its pattern").wait_for(timeout=30_000)
     browser.settle(page, 60)
-    page.get_by_label("Format").click()
-    page.get_by_role("option", name="packed").click()
+    browser.choose(page, "Format", "packed")
     page.get_by_role("button", name="Export", exact=True).click()
     with page.expect_download(timeout=60_000) as found:
         page.get_by_role("button", name="Download").click(timeout=60_000)
