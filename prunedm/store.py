@@ -108,10 +108,10 @@ class Run:
 
     def state(self) -> RunState:
         """The recorded state, with a dead owner's run shown as *interrupted*."""
-        state = self._recorded()
+        kept, state = _UNWRITTEN.get(self.folder), self._recorded()  # in this order: kept until it can be read
         state.heartbeat = max(state.heartbeat, owner.last_beat(self.folder / HEARTBEAT))
-        if state.status in ACTIVE and owner.is_this_process(state):
-            state = _UNWRITTEN.get(self.folder, state)
+        if kept is not None and state.status in ACTIVE and owner.is_this_process(state):
+            state = kept
         if state.status in ACTIVE and not owner.lives(state, STALE_AFTER):
             state.status = "interrupted"
         elif state.status in ACTIVE and self.stop_requested():
