@@ -129,9 +129,8 @@ class ReinforceMasks(LogitMasks):
 
     def _advantage(self, advantage: Tensor, sums: Tensor, counts: Tensor) -> float:
         """The advantage by its spread; ``sums`` of the residuals of each bin's images go into the tracker."""
-        for b in counts.nonzero()[:, 0].tolist():
-            mean = sums[b] / counts[b]
-            self.tracker[b] += (1 - self.spec.tracker_decay) * (mean - self.tracker[b])
+        moved = (1 - self.spec.tracker_decay) * (sums / counts.clamp(min=1) - self.tracker)
+        self.tracker += torch.where(counts > 0, moved, 0.0)
         # The spread of the steps before: one that held the present advantage would bias the gradient.
         before = self.spread[0].sqrt() if self.spread[1] else advantage.abs()
         scale = before.clamp(min=1e-12) if self.spec.normalize_advantage else 1.0
