@@ -18,6 +18,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 from filelock import FileLock, Timeout
@@ -167,6 +168,7 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, FileLock(path, thread_local=False)
+        self._words: BinaryIO | None = None  # the file itself, wherever its folder is moved to meanwhile
 
     def acquire(self, patience: float = 0.0) -> str:
         """Empty when it is held from here on; else, after ``patience`` seconds, who holds it, in words."""
@@ -176,14 +178,22 @@ class Lock:
             holder = Holder.read(self.path)
             return f"{words(holder)[:-1]}, since {holder.since})" if holder else "another process"
         since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):
+            self._words = self.path.open("r+b", buffering=0)
         self._write(json.dumps(vars(Holder(program(), os.getpid(), socket.gethostname(), since))))
         return ""
 
     def release(self) -> None:
         self._write("")
+        if self._words is not None:
+            self._words.close()
+            self._words = None
         self._lock.release()
 
     def _write(self, text: str) -> None:
+        if self._words is None:
+            return
         with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, only nameless
-            if os.path.exists(self.path):  # else its folder was moved to the trash meanwhile
-                self.path.write_text(text, encoding="utf-8")
+            self._words.seek(0)
+            self._words.truncate()
+            self._words.write(text.encode())
