@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .untrusted import one_line, read_header, read_json, shown
+from .untrusted import one_line, read_header, read_table, shown
 
 CONFIG_LIMITS = {"layers_per_block": 32, "sample_size": 2048, "in_channels": 1024, "num_train_timesteps": 1_000_000}
 WIDEST, MOST_BLOCKS = 16_384, 16
@@ -25,11 +25,9 @@ class ModelError(ValueError):
 def check_config(path: Path) -> dict[str, Any]:
     """A config whose numbers are within reason, so that building the model cannot eat the machine; ModelError."""
     try:
-        found = read_json(path)
+        found = read_table(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path.name} is no JSON ({one_line(error, 160)}); save the model again") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path.name} holds no table; save the model again")
+        raise ModelError(f"{path.name} is no JSON of a model ({one_line(error, 160)}); save it again") from error
     for key, most in CONFIG_LIMITS.items():
         for value in _numbers(found.get(key)):
             if not 1 <= value <= most:

@@ -63,6 +63,14 @@ def read_json(path: Path, most: int = LARGEST_TEXT) -> Any:
     return parse_json(read_text(path, most))
 
 
+def read_table(path: Path, most: int = LARGEST_TEXT) -> dict[str, Any]:
+    """:func:`read_json` of an object. OSError, or ValueError."""
+    found = read_json(path, most)
+    if not isinstance(found, dict):
+        raise UntrustedError("it holds no table")
+    return found
+
+
 def parse_json(text: str | bytes) -> Any:
     """JSON; ValueError where it is none or is nested too deep."""
     try:

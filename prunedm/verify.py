@@ -19,7 +19,7 @@ from .masked_unet import EXCLUDED
 from .stage_recipes import Pattern, parse_pattern
 from .store import MASKS, VARIANT_RECORD
 from .unet import read_weights
-from .untrusted import UntrustedError, one_line, read_json, require_header
+from .untrusted import UntrustedError, one_line, read_table, require_header
 
 CLAIMED = Pattern(2, 4)
 TABLES = ("time_proj.weight", "class_embedding.weight")  # embeddings: no input channels
@@ -193,12 +193,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = read_json(path)
+        return read_table(path)
     except (OSError, ValueError) as error:
-        raise VerifyError(f"{path} cannot be read ({error.__class__.__name__}); export the model again") from error
-    if not isinstance(found, dict):
-        raise VerifyError(f"{path} holds no JSON object; export the model again")
-    return found
+        raise VerifyError(f"{path} cannot be read ({one_line(error)}); export the model again") from error
 
 
 def _load(file: Path) -> dict[str, Tensor]:
