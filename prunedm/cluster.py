@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import store
-from .jobs import load_engine, made, require_inputs
+from .jobs import Line, load_engine, made, require_inputs
 from .recipe import Recipe
 from .records import RunState
 from .store import Run, StoreError
@@ -49,7 +49,7 @@ def require_ray() -> None:
         raise ClusterError(INSTALL)
 
 
-class RayExecutor:
+class RayExecutor(Line):
     """Runs of this process that are tasks on a Ray cluster: an Executor as jobs.py defines it.
 
     address: as ``ray.init`` takes it (``auto``, ``host:6379``, ``ray://host:10001``), or LOCAL. A cluster that this
@@ -62,8 +62,7 @@ class RayExecutor:
         store.check_writable(runs_dir)
         self.runs_dir, self.address = runs_dir.absolute(), address
         self._tasks: dict[str, Any] = {}  # run id to the reference of its task
-        self._waiting: list[str] = []
-        self._lock = threading.RLock()
+        super().__init__()
         self._closing, self._ready = threading.Event(), threading.Event()
         self._fault = ""
         for name, value in RAY_SETTINGS.items():
@@ -99,11 +98,6 @@ class RayExecutor:
         """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
         if not self._take_out(run):
             run.request_stop()
-
-    def position(self, run_id: str) -> int | None:
-        """Place among the waiting runs of this process; None when it does not wait."""
-        with self._lock:
-            return self._waiting.index(run_id) + 1 if run_id in self._waiting else None
 
     def held(self) -> list[str]:
         """Ids of the runs that wait or are worked on."""

@@ -96,7 +96,20 @@ class Executor(Protocol):
         ...
 
 
-class Jobs:
+class Line:
+    """Runs that wait, in the order in which they came; a part of each Executor."""
+
+    def __init__(self) -> None:
+        self._waiting: list[str] = []
+        self._lock = threading.RLock()
+
+    def position(self, run_id: str) -> int | None:
+        """As Executor says."""
+        with self._lock:
+            return self._waiting.index(run_id) + 1 if run_id in self._waiting else None
+
+
+class Jobs(Line):
     """The jobs of one process and one runs folder: an Executor on threads of its own."""
 
     def __init__(self, runs_dir: Path, workers: int = 1) -> None:
@@ -107,9 +120,8 @@ class Jobs:
         sys.setswitchinterval(SWITCH_INTERVAL)
         self.runs_dir = runs_dir
         self._queue: queue.Queue[Run] = queue.Queue()
-        self._waiting: list[str] = []
+        super().__init__()
         self._working: set[str] = set()
-        self._lock = threading.Lock()
         for number in range(workers):
             threading.Thread(target=self._work, name=f"prunedm-job-{number}", daemon=True).start()
 
@@ -140,11 +152,6 @@ class Jobs:
                 run.end(run.state(), "stopped", None)
                 return
         run.request_stop()
-
-    def position(self, run_id: str) -> int | None:
-        """Place in the queue, 1 for the next; None when not waiting here."""
-        with self._lock:
-            return self._waiting.index(run_id) + 1 if run_id in self._waiting else None
 
     def held(self) -> list[str]:
         """Ids of the runs that wait here or are worked on."""
