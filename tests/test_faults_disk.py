@@ -102,6 +102,23 @@ def test_an_ending_that_cannot_be_written_is_known_here_and_written_later(disk, 
     assert store.Run(run.folder).state().remedy == {"data.batch_size": 7}
 
 
+def test_an_ending_that_is_written_while_the_file_is_read_is_not_missed(tmp_path, monkeypatch):
+    run, disk = store.create(tmp_path, Recipe()), FailingWriter(tmp_path, monkeypatch)
+    run.claim(run.state(), "running")
+    disk.fill()
+    run.end(run.state(), "failed", CAUSE)
+    disk.free()
+    read = store.Run._recorded
+
+    def written_just_after(one):
+        found = read(one)
+        assert store.write_endings()
+        return found
+
+    monkeypatch.setattr(store.Run, "_recorded", written_just_after)
+    assert (run.state().status, run.state().error) == ("failed", CAUSE)
+
+
 def test_a_new_claim_forgets_an_ending_that_was_never_written(tmp_path, monkeypatch):
     run, disk = store.create(tmp_path, Recipe()), FailingWriter(tmp_path, monkeypatch)
     disk.fill()

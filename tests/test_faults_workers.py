@@ -8,6 +8,7 @@ import torch
 from apptest import wait_for
 from test_app import open_page, said
 
+from app import parts
 from prunedm import failure, latency, learn, store, structured, training
 from prunedm.jobs import Jobs
 from prunedm.recipe import flatten
@@ -101,7 +102,7 @@ def test_a_fault_in_a_worker_is_told_and_the_queue_goes_on(runs, micro, broken, 
 def prefilled(run, changes):
     """Monitor says the cause and offers the remedy, in one press, as Launch's form filled in."""
     app = open_page("monitor", run=run.id)
-    assert run.state().error.split(";")[0] in said(app).replace("\\", "")  # as Markdown escapes it
+    assert parts.plain(run.state().error.split(";")[0]) in said(app)
     buttons = [button for button in app.button if button.label.startswith("Try again with")]
     assert len(buttons) == bool(changes)
     for field, value in changes.items():
