@@ -139,6 +139,30 @@ def test_a_cycle_of_batches_comes_round_again(task):
     assert not torch.equal(cycled.batch("mask", 0).x_t, cycled.batch("mask", 1).x_t)
 
 
+def test_a_compiled_network_is_made_once_and_trains_the_same_weights(task, monkeypatch):
+    """With a compiler that changes nothing: what is asked of torch.compile, and that its result does the work."""
+    compiled = []
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network, self.calls = network, 0
+            compiled.append(self)
+
+        def forward(self, *given):
+            self.calls += 1
+            return self.network(*given)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    unet, batch, found = make_unet(), task.batch("finetune", 0), []
+    for task.compiled in (False, True, True):
+        unet.zero_grad()
+        task.backward(unet, batch)
+        found.append([parameter.grad.clone() for parameter in unet.parameters() if parameter.grad is not None])
+    assert len(compiled) == 1 and compiled[0].calls == 2
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+
+
 def test_plain_attention_is_the_same_attention():
     unet = make_unet()
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
