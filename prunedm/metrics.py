@@ -8,7 +8,7 @@ unbiased at any number. :func:`noise_floor` tells which differences mean somethi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +29,12 @@ KERNEL_IMAGES = 5_000  # most images of a side for KID, precision and recall, wh
 CACHE_VERSION = "2"
 
 
-def extract(images: Iterable[Tensor], device: str = "cpu", extractor: Extractor | None = None) -> Tensor:
+def extract(batches: Sequence[Tensor], device: str = "cpu", extractor: Extractor | None = None) -> Tensor:
     """Features float32 ``[N, D]`` on the CPU of batches of uint8 images; the bundled extractor unless one is given.
 
     Ranks deal the batches out, so all of them must call.
     """
-    extractor, batches = extractor or extractors.get("bundled", device), list(images)
+    extractor = extractor or extractors.get("bundled", device)
     found = giveway.before_each(lambda i: extractor.features(batches[i]))
     return torch.cat(list(parallel.dealt(len(batches), found)))
 
