@@ -69,7 +69,7 @@ def progress(task: Task, doing: str = "Judging") -> None:
         if task.future.done():
             st.rerun()
         share = min(1.0, task.done / task.of) if task.of else 0.0
-        st.progress(share, text=f"{doing} {parts.plain(task.text)}: {task.done} of {task.of or '?'}")
+        parts.bar(share, f"{doing} {task.text}: {task.done} of {task.of or '?'}")
 
     follow()
 

@@ -41,9 +41,8 @@ def controls() -> tuple[str, charts.Look]:
     return axis, charts.Look(is_log, weight)
 
 
-def training(run: Run) -> None:
-    """The loss of every stage, the weights' learning rate and gradient norm."""
-    axis, look = controls()
+def training(run: Run, axis: str, look: charts.Look) -> None:
+    """The loss of every stage, the weights' learning rate and gradient norm, looked at as the controls say."""
     steps = lab.steps(run)
     if not steps:
         st.caption("Waiting for the first training step…")

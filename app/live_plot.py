@@ -63,16 +63,21 @@ export default async function ({ data, parentElement }) {
   node.setAttribute("role", "figure");
   node.setAttribute("aria-label", data.alt);
   node.style.minHeight = (figure.layout.height || 320) + "px";
-  node.draw = () => draw(node, figure.data, figure.layout);
-  if (node.clientWidth) return node.draw();
-  // In a tab that is not shown a chart has no size: draw it when it gets one.
-  node.watcher ??= new ResizeObserver(() => {
-    if (!node.clientWidth) return;
-    node.watcher.disconnect();
-    node.watcher = undefined;
-    node.draw();
+  // A chart that was drawn once and is not in sight (further down, in another tab) waits with its next drawing until
+  // it is; one in a tab that is not shown has no size yet.
+  node.redraw = () => {
+    node.due = !node.clientWidth || (node.dataset.updates && (document.hidden || !node.inSight));
+    return node.due ? undefined : draw(node, figure.data, figure.layout);
+  };
+  node.sight ??= new IntersectionObserver((looks) => {
+    node.inSight = looks.at(-1).isIntersecting;
+    if (node.due) node.redraw();
   });
-  node.watcher.observe(node);
+  node.sight.observe(node);
+  window.prunedmSeen ??= document.addEventListener("visibilitychange", () => {
+    for (const each of document.querySelectorAll(".live-plot")) if (each.due) each.redraw();
+  }) ?? true;
+  return node.redraw();
 }
 """
 )

@@ -206,7 +206,7 @@ def header(seen: Seen) -> None:
         text = f"{done['finished']} of {done['of']} trials" + (f": {', '.join(counts)}" if counts else "")
         if seen.live and done["eta"] is not None:
             text += f" · about {parts.duration(done['eta'])} left"
-        st.progress(min(1.0, done["finished"] / done["of"]), text=text)
+        parts.bar(min(1.0, done["finished"] / done["of"]), text)
     with actions, parts.said():
         buttons(seen)
     if seen.error and not seen.live:
@@ -225,11 +225,10 @@ def at_work(seen: Seen) -> None:
             continue
         card = lab.card(Run(lab.runs_dir() / row["run"]))
         with st.container(horizontal=True, vertical_alignment="center"):
-            place = lab.jobs().position(row["run"])
-            if card.state is not None and place is None:
-                parts.progress(card.state)
+            if card.state is not None:
+                parts.progress(card)
             else:
-                st.caption(f"Number {place} in the queue" if place else "Its run cannot be read.")
+                st.caption("Its run cannot be read.")
             link(row["run"], f"Trial {row['number']} in Monitor")
 
 

@@ -46,24 +46,23 @@ def samples(run: Run) -> list[dict[str, Any]]:
     return [record for record in lab.lines(run, SYSTEM) if system.is_sample(record)]
 
 
-def strip(run: Run) -> None:
+def strip(run: Run) -> str:
     """CPU, memory and GPU at this moment, in one line."""
     last = next(iter(lab.lines(run, SYSTEM)[-1:]), None)
     if system.is_sample(last) and time.time() - last["time"] < FRESH:
-        st.caption(" · ".join(now(last)))
-    else:
-        st.caption("CPU, memory and GPU: the first figures come a few seconds after the start.")
+        return " · ".join(now(last))
+    return "CPU, memory and GPU: the first figures come a few seconds after the start."
 
 
 def now(record: dict[str, Any]) -> list[str]:
     """A sample in words."""
     cores, total = record["cores"], record["machine_memory_total"] / GIB
     said = [
-        f"**CPU** {record['machine_cpu']:.0f} % of {cores} cores (this run {record['cpu'] / cores:.0f} %)",
-        f"**Memory** {record['machine_memory'] / GIB:.1f} of {total:.1f} GiB (this run {record['memory'] / GIB:.1f})",
+        f"CPU {record['machine_cpu']:.0f} % of {cores} cores (this run {record['cpu'] / cores:.0f} %)",
+        f"Memory {record['machine_memory'] / GIB:.1f} of {total:.1f} GiB (this run {record['memory'] / GIB:.1f})",
     ]
     gpus = record.get("gpus", [])
-    return said + ([gpu_now(gpu) for gpu in gpus] or ["**GPU** none seen"])
+    return said + ([gpu_now(gpu) for gpu in gpus] or ["GPU none seen"])
 
 
 def gpu_now(gpu: dict[str, Any]) -> str:
@@ -74,7 +73,7 @@ def gpu_now(gpu: dict[str, Any]) -> str:
             digits = 1 if divisor > 1 else 0
             of = f" of {gpu[upper] / divisor:.{digits}f}" if upper and gpu[upper] is not None else ""
             figures.append(f"{gpu[key] / divisor:.{digits}f}{of} {unit}")
-    return f"**GPU {gpu['index']}** {', '.join(figures) or 'tells nothing'}"
+    return f"GPU {gpu['index']}: {', '.join(figures) or 'tells nothing'}"
 
 
 def tab(run: Run) -> None:

@@ -50,7 +50,8 @@ from prunedm.store import Run  # noqa: E402
 
 PAGES = ("home", "launch", "sweep", "monitor", "runs", "compare", "models", "system")
 TURNS, RERUNS = 3, 12  # visits of each page, and reruns at each
-TABS, ROUNDS, SETTLE, WINDOW = (0, 1, 5), 4, 4.0, 12.0  # seconds before a window counts, and of it
+TABS, ROUNDS = (0, 1, 5), 4
+SETTLE, WINDOW = 24.0, 12.0  # seconds before a window counts (a closed tab counts for 20 s more), and of it
 RUNS, STEPS, OPENINGS = 200, 100_000, 5
 UPDATES, OPEN = 1000, 5  # of live charts in all, over so many tabs
 ENDLESS = "prune.finetune_steps=100000"

@@ -46,7 +46,7 @@ def run_line(card: lab.Card) -> None:
         return
     with figures:
         if card.active:
-            parts.progress(card.state)
+            parts.progress(card)
         else:
             error = f" · {parts.plain(card.state.error)}" if card.state.error else ""
             st.caption(parts.duration(card.state.seconds) + error)

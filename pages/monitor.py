@@ -1,47 +1,43 @@
 """Monitor: one run as it happens. The page reads the run folder and nothing else."""
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 
-from app import curve_views, forms, lab, mask_views, parts, system_views
+from app import curve_views, forms, lab, mask_views, pace, parts, system_views
 from prunedm.records import RESUMABLE, STAGE_LABELS
 from prunedm.store import Run, stage_step
 
 EVERY_PROGRESS, EVERY_CURVES, EVERY_MASKS, EVERY_SAMPLES = 1.0, 2.0, 5.0, 2.0
 
 
-def header(run: Run, live: bool) -> None:
-    card = lab.card(run)
-    if live and not card.active:
-        st.rerun()
-    if card.problem:
-        st.error(parts.plain(card.problem))
-        return
+def header(card: lab.Card) -> None:
+    """State, progress and buttons. Only the progress is live: another state, or an alert, draws the page again."""
     chip, bar, actions = st.columns([1, 5, 2], vertical_alignment="center")
+    alerts = lab.events(card.run, "alert")
     with chip:
         parts.state_chip(card.status)
     with bar:
-        show_progress(card)
+        section(lambda: progress(card.run, card.status, len(alerts)), EVERY_PROGRESS)
     with actions, parts.said():
         show_actions(card)
-    if live:
-        system_views.strip(run)
-    for alert in lab.events(run, "alert"):
+    for alert in alerts:
         what, text, remedy = (parts.plain(alert[key]) for key in ("what", "text", "remedy"))
         st.warning(f"**{what.capitalize()}** at step {alert['step']}: {text}. What to do: {remedy}.", icon="⚠️")
 
 
-def show_progress(card: lab.Card) -> None:
-    place = lab.jobs().position(card.run.id)
-    if card.status == "done":
-        st.progress(1.0, text=f"Done in {parts.duration(card.state.seconds)}")
-    elif place is not None:
-        st.progress(0.0, text=f"Number {place} in the queue")
-    else:
-        parts.progress(card.state)
+def progress(run: Run, status: str, alerts: int) -> None:
+    """The live line under a state and so many alerts."""
+    card = lab.card(run)
+    if (card.status, len(lab.events(run, "alert"))) != (status, alerts):
+        st.rerun()
     running = "" if card.status == "done" else f" · {parts.duration(card.state.seconds)} of running"
-    st.caption(f"{len(card.state.stages_done)} of {len(STAGE_LABELS)} stages done{running}")
+    stages = f"{len(card.state.stages_done)} of {len(STAGE_LABELS)} stages done{running}"
+    parts.progress(card, stages, *([system_views.strip(run)] if is_live else []))
 
 
 def show_actions(card: lab.Card) -> None:
@@ -111,13 +107,16 @@ def moment(path: Path) -> str:
     return f"{STAGE_LABELS.get(stage, 'Dense model')}, step {step}" if step else STAGE_LABELS.get(stage, "Dense model")
 
 
-def section(draw, run: Run, every: float | None) -> None:
+def section(draw: Callable[[], None], every: float | None) -> None:
     """A part of the page that follows the run's folder while there is something to follow."""
+    paced = pace.every(every) if is_live and every else None
 
-    @st.fragment(run_every=every if is_live else None)
+    @st.fragment(run_every=paced)
     def show() -> None:
+        if paced and pace.every(every) != paced:
+            st.rerun()
         with parts.said():
-            draw(run)
+            draw()
 
     show()
 
@@ -133,14 +132,23 @@ def recipe(run: Run) -> None:
     st.code(found.to_yaml(), language="yaml", wrap_lines=True)
 
 
+@dataclass(frozen=True)
+class Tab:
+    """What a tab draws of a run, and how often; ``controls`` stand above it and are no part of what is drawn anew."""
+
+    draw: Callable[..., None]
+    every: float | None
+    controls: Callable[[], tuple[Any, ...]] = tuple
+
+
 TABS = {
-    "Curves": (curve_views.training, EVERY_CURVES),
-    "Masks": (mask_views.evolution, EVERY_MASKS),
-    "Compliance": (mask_views.compliance, EVERY_MASKS),
-    "Samples": (samples, EVERY_SAMPLES),
-    "Log": (parts.log, EVERY_CURVES),
-    "Recipe": (recipe, None),
-    "System": (system_views.tab, EVERY_CURVES),
+    "Curves": Tab(curve_views.training, EVERY_CURVES, curve_views.controls),
+    "Masks": Tab(mask_views.evolution, EVERY_MASKS),
+    "Compliance": Tab(mask_views.compliance, EVERY_MASKS),
+    "Samples": Tab(samples, EVERY_SAMPLES),
+    "Log": Tab(parts.log, EVERY_CURVES),
+    "Recipe": Tab(recipe, None),
+    "System": Tab(system_views.tab, EVERY_CURVES),
 }
 
 
@@ -148,10 +156,10 @@ def tabs(run: Run) -> None:
     """Only the open one is drawn; which one is remembered over runs and pages, and named in the address."""
     if "tab" not in st.session_state and "tab" not in st.query_params:
         st.session_state["tab"] = st.session_state.get("monitor_tab", next(iter(TABS)))
-    for tab, (draw, every) in zip(st.tabs(list(TABS), key="tab", bind="query-params"), TABS.values()):
-        if tab.open:
-            with tab:
-                section(draw, run, every)
+    for place, tab in zip(st.tabs(list(TABS), key="tab", bind="query-params"), TABS.values()):
+        if place.open:
+            with place:
+                section(functools.partial(tab.draw, run, *tab.controls()), tab.every)
     st.session_state["monitor_tab"] = st.session_state["tab"]
 
 
@@ -166,7 +174,7 @@ if card.problem:
     st.page_link(lab.page("runs"), label="Open Runs, where it can be deleted")
     st.stop()
 is_live = card.active
-section(lambda run: header(run, is_live), card.run, EVERY_PROGRESS)
+header(card)
 if card.status == "failed":
     failure(card)
 elif card.status == "interrupted":

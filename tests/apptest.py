@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +29,9 @@ def sound(app: AppTest) -> AppTest:
 
 
 def said(app: AppTest) -> str:
-    """All text of the page, as it was given to Markdown."""
+    """All text of the page, as it was given to Markdown or HTML."""
     texts = [str(e.value) + str(getattr(e, "label", "")) for kind in KINDS for e in getattr(app, kind)]
+    texts += [html.unescape(re.sub("<[^>]*>", "\n", e.proto.body)) for e in app.get("html")]
     return "\n".join(texts)
 
 

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from apptest import said
 from streamlit.testing.v1 import AppTest
 
-from app import lab, mask_views
+from app import lab, mask_views, pace
 from prunedm import learn, pipeline, snapshots, store
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe
@@ -81,12 +82,6 @@ def open_page(page, **query):
         app.switch_page(f"../pages/{page}.py").run()
     assert not app.exception, app.exception
     return app
-
-
-def said(app):
-    kinds = ("markdown", "caption", "error", "warning", "info", "title", "subheader", "metric")
-    texts = [str(e.value) + str(getattr(e, "label", "")) for kind in kinds for e in getattr(app, kind)]
-    return "\n".join(texts)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -486,3 +481,59 @@ def test_a_reinforce_run_draws_the_tracker_of_each_timestep_bin(runs, micro):
     for b, trace in enumerate(figure["data"]):
         assert trace["x"] == [1, 2, 3, 4] and trace["y"] == [r[f"tracker.{b}"] for r in recorded]
     assert not open_page("monitor", run=run.id, tab="Masks").error
+
+
+# --- how often live parts are drawn
+@pytest.fixture
+def tab(monkeypatch):
+    """Makes a tab; an update in it gives the seconds to the next."""
+    state, clock = {}, [0.0]
+    monkeypatch.setattr(pace, "_watchers", {})
+    monkeypatch.setattr(pace.st, "session_state", state)
+    monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
+
+    def update(name, after=0.0):
+        clock[0] += after
+        state["pace.tab"] = name
+        return pace.every(1.0)
+
+    return update
+
+
+def test_updates_are_rarer_the_more_tabs_share_few_processors_with_training(tab, monkeypatch):
+    monkeypatch.setattr(pace.os, "cpu_count", lambda: 2)
+    found = [tab(str(number)) for number in range(20)]
+    assert found == sorted(found) and 1 < found[0] < 2 and found[0] < found[1] and found[-1] == pace.SLOWEST
+    monkeypatch.setattr(pace.os, "cpu_count", lambda: 128)
+    assert tab("0") == 1.0, "as often as UX asks where there is room"
+
+
+def test_a_tab_that_was_closed_counts_no_longer(tab, monkeypatch):
+    monkeypatch.setattr(pace.os, "cpu_count", lambda: 2)
+    alone = tab("a")
+    assert tab("b", 1) > alone and tab("a", 1) > alone
+    assert tab("a", pace.WATCHES) == alone
+
+
+def test_another_number_of_tabs_changes_the_pace_of_an_open_page(runs, monkeypatch):
+    run = store.create(runs, Recipe())
+    run.claim(run.state(), "running")
+    monkeypatch.setattr(pace.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(pace, "_watchers", {})
+    asked = []
+    monkeypatch.setattr("streamlit.fragment", noted(asked))
+    app = open_page("monitor", run=run.id)
+    alone = asked[-1]
+    pace._watchers |= dict.fromkeys("xyz", time.monotonic())
+    app.run()
+    assert not app.exception and asked[-1] > alone
+
+
+def noted(asked):
+    """st.fragment that tells what it is asked for."""
+
+    def fragment(run_every=None):
+        asked.append(run_every)
+        return lambda draw: draw
+
+    return fragment

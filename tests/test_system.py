@@ -225,7 +225,7 @@ def test_figures_show_shares_gibibytes_and_gaps():
     has, ceiling = system_views.gpu(shown, minutes, "memory", names, "v")["data"]
     assert has["name"] == "GPU 0" and has["y"] == [None, 12.0, None] and ceiling["y"] == [None, 140.0, None]
     assert json.dumps([run, has]), "plain enough for the browser"
-    assert system_views.gpu_now(gpu) == "**GPU 0** 12.0 of 140.0 GiB, 54 °C"
+    assert system_views.gpu_now(gpu) == "GPU 0: 12.0 of 140.0 GiB, 54 °C"
 
 
 @pytest.mark.parametrize("status", ["running", "paused"])
@@ -238,8 +238,8 @@ def test_monitor_shows_the_machine_of_an_active_run(runs, status):
     gpus[0] |= {"temperature": 54, "power": None}
     write(run, [sample(time.time() - 4), sample(time.time(), gpus=gpus)])
     text = said(open_page("monitor", tab="System"))
-    assert "**CPU** 90 % of 2 cores (this run 75 %)" in text and "4.0 of 16.0 GiB (this run 1.0)" in text
-    assert "**GPU 0** 87 %, 12.0 of 140.0 GiB, 54 °C" in text and "Not told by this GPU: GPU power" in text
+    assert "CPU 90 % of 2 cores (this run 75 %)" in text and "4.0 of 16.0 GiB (this run 1.0)" in text
+    assert "GPU 0: 87 %, 12.0 of 140.0 GiB, 54 °C" in text and "Not told by this GPU: GPU power" in text
     write(run, [sample(time.time() - 60)])
     assert "first figures come" in said(open_page("monitor")), "an old sample is not the state of now"
 
@@ -249,7 +249,7 @@ def test_monitor_of_an_ended_run_has_charts_and_no_strip(runs):
     write(run, [sample(time.time() - 2.0 * i) for i in range(900, 0, -1)])
     run.end(run.state(), "done", None)
     app = open_page("monitor", tab="System")
-    assert not app.error and "**CPU**" not in said(app) and "No GPU was seen" in said(app)
+    assert not app.error and "CPU 90 %" not in said(app) and "No GPU was seen" in said(app)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff", b"[1]\n", b'{"time": 1}\n', b'{"time": "x", "cpu": {}}\n'])
