@@ -174,7 +174,8 @@ if card.problem:
     st.page_link(lab.page("runs"), label="Open Runs, where it can be deleted")
     st.stop()
 is_live = card.active
-header(card)
+with parts.said():
+    header(card)
 if card.status == "failed":
     failure(card)
 elif card.status == "interrupted":

@@ -537,3 +537,12 @@ def noted(asked):
         return lambda draw: draw
 
     return fragment
+
+
+@pytest.mark.parametrize("status", ["running", "done"])
+def test_an_alert_that_is_damaged_is_said_and_leaves_the_rest_of_the_page(runs, status):
+    run = store.create(runs, Recipe())
+    run.claim(run.state(), status) if status == "running" else run.end(run.state(), status, None)
+    run.event("alert", step=3)
+    app = open_page("monitor", run=run.id)
+    assert any("what" in error.value for error in app.error) and len(app.tabs) == 7
