@@ -3,12 +3,13 @@ where asked."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import streamlit as st
 
-from app import lab, parts
-from app.live_plot import live_plot
+from app import lab, live_plot, parts
 from prunedm import charts, model_charts
 from prunedm.records import STAGE_LABELS
 from prunedm.steps import Steps
@@ -41,36 +42,56 @@ def controls() -> tuple[str, charts.Look]:
     return axis, charts.Look(is_log, weight)
 
 
-def training(run: Run, axis: str, look: charts.Look) -> None:
-    """The loss of every stage, the weights' learning rate and gradient norm, looked at as the controls say."""
+def training(run: Run, axis: str, look: charts.Look, every: float | None) -> None:
+    """The loss of every stage, the weights' learning rate and gradient norm, looked at as the controls say.
+
+    every: seconds between two drawings of a chart while the run is active; None: it is not.
+    """
     steps = lab.steps(run)
     if not steps:
         st.caption("Waiting for the first training step…")
         return
-    look = replace(look, minutes=running_minutes(run, steps) if axis == TIME else None)
-    figure = charts.curve(steps, "loss", STAGE_LABELS, run.id, look)
-    live_plot(figure, "curve-loss", f"Training loss over the {axis.lower()} of each stage")
-    pairs(run, steps, TRAINING, replace(look, log=False))
+
+    def follow(name: str) -> None:
+        live_plot.follow(f"curve-{name}", functools.partial(_now, run, name, axis, look), every)
+
+    follow("loss")
+    two_a_row([name for name in TRAINING if name in steps.names], follow)
+
+
+def _now(run: Run, name: str, axis: str, look: charts.Look) -> tuple[charts.Figure, str]:
+    """A figure of a run as it is now, and what it shows in words."""
+    steps = lab.steps(run)
+    minutes = running_minutes(run, steps) if axis == TIME else None
+    figure = charts.curve(
+        steps, name, STAGE_LABELS, run.id, replace(look, minutes=minutes, log=look.log and name == "loss")
+    )
+    if name == "loss":
+        return figure, f"Training loss over the {axis.lower()} of each stage"
+    return figure, f"{charts.LABELS[name]} over the steps"
 
 
 def settling(run: Run) -> None:
     """How the masks settle: each figure of stage 2 over the steps, smoothed as the training curves are."""
     steps = lab.steps(run)
-    pairs(run, steps, SETTLING, charts.Look(smoothing=st.session_state.get("curve_smoothing", charts.SMOOTHING)))
+    look = charts.Look(smoothing=st.session_state.get("curve_smoothing", charts.SMOOTHING))
+
+    def draw(name: str) -> None:
+        figure = charts.curve(steps, name, STAGE_LABELS, run.id, look)
+        live_plot.live_plot(figure, f"curve-{name}", f"{charts.LABELS[name]} over the steps")
+
+    two_a_row([name for name in SETTLING if name in steps.names], draw)
     if "tracker.0" in steps.names:
         timesteps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
         figure = charts.tracker_by_bin(steps, timesteps, run.id)
-        live_plot(figure, "curve-tracker-bins", "Loss tracker of each timestep bin over the mask steps")
+        live_plot.live_plot(figure, "curve-tracker-bins", "Loss tracker of each timestep bin over the mask steps")
 
 
-def pairs(run: Run, steps: Steps, names: tuple[str, ...], look: charts.Look) -> None:
-    """Two charts a row, of those figures that the run recorded."""
-    there = [name for name in names if name in steps.names]
-    for left in range(0, len(there), 2):
-        for column, name in zip(st.columns(2), there[left : left + 2]):
+def two_a_row(names: list[str], draw: Callable[[str], None]) -> None:
+    for left in range(0, len(names), 2):
+        for column, name in zip(st.columns(2), names[left : left + 2]):
             with column:
-                figure = charts.curve(steps, name, STAGE_LABELS, run.id, look)
-                live_plot(figure, f"curve-{name}", f"{charts.LABELS[name]} over the steps")
+                draw(name)
 
 
 def side_by_side(runs: dict[str, Run]) -> None:
@@ -93,7 +114,7 @@ def side_by_side(runs: dict[str, Run]) -> None:
         return
     where = STAGE_LABELS.get(stage, stage) if stage else "all stages"
     names = [name for name, *_ in drawn]
-    live_plot(
+    live_plot.live_plot(
         model_charts.run_curves(drawn, key, ",".join(names), where),
         "compare-curves",
         f"{charts.LABELS[key]} over the {axis.lower()} of {where}: {', '.join(names)}",

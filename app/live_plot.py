@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import plotly
 import streamlit as st
 
+from app import live
 from prunedm.charts import Figure
 
 STATIC = Path(__file__).parent / "static" / "plotly.min.js"
@@ -56,28 +59,27 @@ const draw = async (node, data, layout) => {
 """
 JS = (
     READY
+    + live.FOLLOW
     + """
-export default async function ({ data, parentElement }) {
-  const node = parentElement.querySelector(".live-plot");
-  const figure = JSON.parse(data.figure);
-  node.setAttribute("role", "figure");
-  node.setAttribute("aria-label", data.alt);
-  node.style.minHeight = (figure.layout.height || 320) + "px";
+export default async function ({ data, parentElement, setTriggerValue }) {
+  const node = parentElement.querySelector(".live");
   // A chart that was drawn once and is not in sight (further down, in another tab) waits with its next drawing until
   // it is; one in a tab that is not shown has no size yet.
-  node.redraw = () => {
-    node.due = !node.clientWidth || (node.dataset.updates && (document.hidden || !node.inSight));
+  const redraw = () => {
+    node.due = !node.clientWidth || (node.dataset.updates && (document.hidden || node.outOfSight));
+    const figure = JSON.parse(node.figure);
     return node.due ? undefined : draw(node, figure.data, figure.layout);
   };
-  node.sight ??= new IntersectionObserver((looks) => {
-    node.inSight = looks.at(-1).isIntersecting;
-    if (node.due) node.redraw();
-  });
-  node.sight.observe(node);
-  window.prunedmSeen ??= document.addEventListener("visibilitychange", () => {
-    for (const each of document.querySelectorAll(".live-plot")) if (each.due) each.redraw();
-  }) ?? true;
-  return node.redraw();
+  const show = ({ figure, alt }) => {
+    node.figure = figure;
+    node.setAttribute("role", "figure");
+    node.setAttribute("aria-label", alt);
+    node.style.minHeight = (JSON.parse(figure).layout.height || 320) + "px";
+    return redraw();
+  };
+  inSight(node, () => { if (node.due) redraw(); goOn(node); });
+  follow(node, data.part, show, () => setTriggerValue("gone", true));
+  return show(data.content);
 }
 """
 )
@@ -92,14 +94,26 @@ def install() -> None:
         part.replace(STATIC)
 
 
-def _component():
-    """Registered in each run, as a script's top level would be: the registry belongs to the server."""
-    install()
-    return st.components.v2.component(
-        "prunedm_live_plot", html="<div class='live-plot'></div>", js=JS, isolate_styles=False
-    )
-
-
 def live_plot(figure: Figure, key: str, alt: str) -> None:
     """Draw or update the chart with this key; ``alt`` says in words what it shows."""
-    _component()(key=key, data={"figure": json.dumps(figure), "alt": alt})
+    _mount(key, _content(figure, alt))
+
+
+def follow(key: str, make: Callable[[], tuple[Figure, str]], every: float | None) -> None:
+    """A chart (and what it shows in words) that is made anew every so many seconds; None: once."""
+    look = lambda: _content(*make())  # noqa: E731
+    content = look()
+    _mount(key, content, live.offer(key, look, every, content) if every else None)
+
+
+def _content(figure: Figure, alt: str) -> dict[str, str]:
+    return {"figure": json.dumps(figure), "alt": alt}
+
+
+def _mount(key: str, content: dict[str, str], part: dict[str, Any] | None = None) -> None:
+    # Registered in each run, as a script's top level would be: the registry belongs to the server.
+    install()
+    component = st.components.v2.component(
+        "prunedm_live_plot", html="<div class='live live-plot'></div>", js=JS, isolate_styles=False
+    )
+    component(key=key, data={"content": content, "part": part}, on_gone_change=lambda: None)

@@ -12,7 +12,7 @@ import uuid
 
 import streamlit as st
 
-TAB = 0.09  # processor seconds a second that one tab takes at its own pace (benchmarks/app.py tabs)
+TAB = 0.03  # processor seconds a second that one tab takes at its own pace (benchmarks/app.py tabs)
 SHARE = 0.025  # of the machine's processors, for all tabs together
 SLOWEST = 5.0  # times as long between two updates, and no more
 WATCHES = 20.0  # seconds after an update in which a tab counts
@@ -20,17 +20,22 @@ WATCHES = 20.0  # seconds after an update in which a tab counts
 _watchers: dict[str, float] = {}  # tab to its last update
 
 
-def watchers() -> int:
-    """Tabs that follow something now, this one among them."""
+def tab() -> str:
+    """The name of the browser tab whose page is drawn."""
+    return st.session_state.setdefault("pace.tab", uuid.uuid4().hex)
+
+
+def watchers(name: str) -> int:
+    """Tabs that follow something now, the one of this name among them."""
     now = time.monotonic()
-    _watchers[st.session_state.setdefault("pace.tab", uuid.uuid4().hex)] = now
-    for tab, last in list(_watchers.items()):
+    _watchers[name] = now
+    for other, last in list(_watchers.items()):
         if now - last > WATCHES:
-            _watchers.pop(tab, None)
+            _watchers.pop(other, None)
     return len(_watchers)
 
 
-def every(seconds: float) -> float:
-    """Seconds between two updates of a part that would like so many, at the number of tabs of this moment."""
-    stretch = watchers() * TAB / (SHARE * (os.cpu_count() or 1))
+def every(seconds: float, name: str) -> float:
+    """Seconds between two updates of a part of this tab that would like so many, at this moment's number of tabs."""
+    stretch = watchers(name) * TAB / (SHARE * (os.cpu_count() or 1))
     return seconds * min(SLOWEST, max(1.0, stretch))

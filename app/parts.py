@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import zipfile
@@ -13,9 +14,10 @@ from typing import Any
 import streamlit as st
 from PIL import Image
 
-from app import lab
+from app import lab, live
 from prunedm import logs, pictures
 from prunedm.records import STAGE_LABELS
+from prunedm.store import Run
 
 STATES = {  # icon and colour; the word always stands beside them
     "queued": ("○", "gray"),
@@ -29,6 +31,7 @@ STATES = {  # icon and colour; the word always stands beside them
     "unreadable": ("?", "red"),
 }
 LOG_TAIL = 20_000  # bytes
+EVERY_PROGRESS = 1.0  # seconds
 
 
 def page_style() -> None:
@@ -67,30 +70,42 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def bar(share: float, *lines: str) -> None:
-    """A progress bar under its first line, with the others below it; plain text.
-
-    One element of HTML: drawn anew every second, it costs a browser less than Streamlit's own bar and captions.
-    """
+def bar_html(share: float, *lines: str) -> str:
+    """A progress bar under its first line, with the others below it; plain text."""
     first, *others = [f"<p>{html.escape(line)}</p>" for line in lines]
     drawn = f'<progress value="{share:.4f}" aria-label="{html.escape(lines[0])}"></progress>'
-    st.html(f'<div class="progress">{first}{drawn}{"".join(others)}</div>')
+    return f'<div class="progress">{first}{drawn}{"".join(others)}</div>'
 
 
-def progress(card: lab.Card, *more: str) -> None:
+def bar(share: float, *lines: str) -> None:
+    """One element of HTML: it costs a browser less than Streamlit's own bar and captions."""
+    st.html(bar_html(share, *lines))
+
+
+def progress_html(card: lab.Card, *more: str) -> str:
     """How far a readable run is: place in the queue, or stage, rate and time left; ``more`` stands below the bar."""
     place, state = lab.jobs().position(card.run.id), card.state
     if place is not None:
-        bar(0.0, f"Number {place} in the queue", *more)
-        return
+        return bar_html(0.0, f"Number {place} in the queue", *more)
     if state.status == "done":
-        bar(1.0, f"Done in {duration(state.seconds)}", *more)
-        return
+        return bar_html(1.0, f"Done in {duration(state.seconds)}", *more)
     label = STAGE_LABELS.get(state.stage, "Starting")
     text = f"{label}: {state.step} of {state.of}" if state.of else label
     if state.status == "running" and state.rate:
         text += f" · {state.rate:.1f} steps/s · {duration(state.eta)} left in this stage"
-    bar(min(1.0, state.step / state.of) if state.of else 0.0, text, *more)
+    return bar_html(min(1.0, state.step / state.of) if state.of else 0.0, text, *more)
+
+
+def progress(run: Run) -> None:
+    """How far an active run is, kept fresh; another state of it draws the page again."""
+    live.line(f"progress {run.id}", functools.partial(_progress_now, run), EVERY_PROGRESS)
+
+
+def _progress_now(run: Run) -> dict[str, str]:
+    card = lab.card(run)
+    if card.problem:
+        return {"html": html.escape(card.problem), "turn": card.status}
+    return {"html": progress_html(card), "turn": card.status}
 
 
 def sheet(path: Path, alt: str, limit: int = 64, factor: int = 2, columns: int = 8) -> None:

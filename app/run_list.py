@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import lab, parts, run_table
+from app import lab, pace, parts, run_table
 from app.run_table import Row, size_words
 from prunedm import shelf
 
@@ -64,11 +64,11 @@ def take() -> None:
 def listing(first: list[Row]) -> None:
     """The table. It follows the runs' folders while one is active; a tick, a new run or another state draws the whole
     page again."""
-    live = any(row.card.active for row in first)
+    is_live = any(row.card.active for row in first)
     states = {row.id: row.card.status for row in first}
     ticked, fresh = list(st.session_state.get(PICKED, [])), [first]
 
-    @st.fragment(run_every=EVERY if live else None)
+    @st.fragment(run_every=pace.every(EVERY, pace.tab()) if is_live else None)
     def show() -> None:
         rows = fresh.pop() if fresh else run_table.rows()
         if st.session_state.get(PICKED, []) != ticked or {row.id: row.card.status for row in rows} != states:

@@ -12,7 +12,7 @@ import streamlit as st  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.middleware.trustedhost import TrustedHostMiddleware  # noqa: E402
 
-from app import login  # noqa: E402
+from app import live, login  # noqa: E402
 from prunedm import password  # noqa: E402
 from prunedm.lab_command import LOGIN_ENV, Login  # noqa: E402
 
@@ -40,4 +40,4 @@ def barriers() -> list[Middleware]:
     return found
 
 
-app = st.App(str(ROOT / "app" / "main.py"), middleware=barriers())
+app = st.App(str(ROOT / "app" / "router.py"), routes=live.ROUTES, middleware=barriers())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shlex
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-from app import lab, parts, sweeps
+from app import lab, live, parts, sweeps
 from app.live_plot import live_plot
 from app.sweeps import Seen
 from prunedm import charts
@@ -39,6 +40,7 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe-Ito
 MOST_COMPARED = 8  # what Compare shows at once
 MOST_NAMED = 12  # points of the front that carry their number
 UNREAD = "not read"
+EVERY = 2.0  # seconds
 
 
 # --- figures ---------------------------------------------------------------------------------------
@@ -195,18 +197,32 @@ def bars(shares: dict[str, float], view: str) -> Figure:
 
 
 # --- the state and what can be done ----------------------------------------------------------------
+def progress_html(seen: Seen) -> str:
+    done = seen.progress
+    counts = [f"{done[state]} {state}" for state in ("complete", "pruned", "failed") if done[state]]
+    text = f"{done['finished']} of {done['of']} trials" + (f": {', '.join(counts)}" if counts else "")
+    if seen.live and done["eta"] is not None:
+        text += f" · about {parts.duration(done['eta'])} left"
+    return parts.bar_html(min(1.0, done["finished"] / done["of"]), text)
+
+
+def progress_now(name: str) -> dict[str, str]:
+    """The progress line of a sweep; what is below it is drawn anew when a trial's state or a figure changes."""
+    seen = sweeps.look(name)
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in seen.rows]
+    return {"html": progress_html(seen), "turn": repr((seen.status, len(seen.lines), rows))}
+
+
 def header(seen: Seen) -> None:
     """State, progress, the run at work, and the buttons that the state allows."""
     chip, bar, actions = st.columns([1, 5, 2], vertical_alignment="center")
     with chip:
         parts.state_chip(seen.status)
     with bar:
-        done = seen.progress
-        counts = [f"{done[state]} {state}" for state in ("complete", "pruned", "failed") if done[state]]
-        text = f"{done['finished']} of {done['of']} trials" + (f": {', '.join(counts)}" if counts else "")
-        if seen.live and done["eta"] is not None:
-            text += f" · about {parts.duration(done['eta'])} left"
-        parts.bar(min(1.0, done["finished"] / done["of"]), text)
+        if seen.live:
+            live.line("sweep", functools.partial(progress_now, seen.name), EVERY)
+        else:
+            st.html(progress_html(seen))
     with actions, parts.said():
         buttons(seen)
     if seen.error and not seen.live:
@@ -226,7 +242,7 @@ def at_work(seen: Seen) -> None:
         card = lab.card(Run(lab.runs_dir() / row["run"]))
         with st.container(horizontal=True, vertical_alignment="center"):
             if card.state is not None:
-                parts.progress(card)
+                parts.progress(card.run) if card.active else st.html(parts.progress_html(card))
             else:
                 st.caption("Its run cannot be read.")
             link(row["run"], f"Trial {row['number']} in Monitor")

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 import streamlit as st
 
-from app import lab, parts
-from app.live_plot import live_plot
+from app import lab, live_plot, parts
 from prunedm import cache, charts, environment, support, system
 from prunedm.charts import Figure
 from prunedm.jobs import load_engine
@@ -76,42 +76,39 @@ def gpu_now(gpu: dict[str, Any]) -> str:
     return f"GPU {gpu['index']}: {', '.join(figures) or 'tells nothing'}"
 
 
-def tab(run: Run) -> None:
-    """Charts of CPU, memory and each GPU over the run."""
+def tab(run: Run, every: float | None) -> None:
+    """Charts of CPU, memory and each GPU over the run, drawn again every so many seconds; None: the run has ended."""
     found = samples(run)
     if not found:
         st.caption("CPU, memory and GPU appear here a few seconds after the run starts.")
         return
-    starts = [event["time"] for event in lab.events(run, "started")]
-    shown = system.spaced(found, (found[-1]["time"] - found[0]["time"]) / POINTS) if len(found) > POINTS else found
-    minutes = charts.running_minutes([record["time"] for record in shown], starts)
-    last = found[-1]
+
+    def follow(name: str, chart: Callable[[Trace], tuple[Figure, str]]) -> None:
+        live_plot.follow(f"system-{name}", lambda: chart(Trace.of(run)), every)
+
     left, right = st.columns(2)
     with left:
-        said = f"CPU over time; at the end {last['machine_cpu']:.0f} % of the machine's {last['cores']} cores"
-        live_plot(cpu(shown, minutes, run.id), "system-cpu", said)
+        follow("cpu", cpu)
     with right:
-        said = f"Memory over time; at the end this run holds {last['memory'] / GIB:.1f} GiB"
-        live_plot(memory(shown, minutes, run.id), "system-memory", said)
-    gpu_charts(run, shown, minutes)
+        follow("memory", memory)
+    gpu_charts(Trace.of(run), follow)
     st.caption(
         "Every two seconds; in long runs the past is thinned. This run is the process that works on it: in the lab, "
         "the server with its pages too. The time between a stop and Resume is left out."
     )
 
 
-def gpu_charts(run: Run, shown: list[dict[str, Any]], minutes: list[float]) -> None:
-    names = gpu_names(shown)
+def gpu_charts(seen: Trace, follow: Callable[[str, Callable[[Trace], tuple[Figure, str]]], None]) -> None:
+    names = gpu_names(seen.samples)
     if not names:
         st.caption(NO_GPU)
         return
-    drawn = [key for key in GPU_FIGURES if any(g[key] is not None for r in shown for g in r.get("gpus", []))]
+    drawn = [key for key in GPU_FIGURES if any(g[key] is not None for r in seen.samples for g in r.get("gpus", []))]
     for position, key in enumerate(drawn):
         if position % 2 == 0:
             columns = st.columns(2)
         with columns[position % 2]:
-            figure = gpu(shown, minutes, key, names, run.id)
-            live_plot(figure, f"system-gpu-{key}", f"{GPU_FIGURES[key][0]} over time: {', '.join(names.values())}")
+            follow(f"gpu-{key}", functools.partial(gpu, key=key))
     st.caption(", ".join(f"GPU {index}: {parts.plain(name)}" for index, name in names.items()) + ".")
     missing = [GPU_FIGURES[key][0] for key in GPU_FIGURES if key not in drawn]
     if missing:
@@ -126,44 +123,63 @@ def gpu_names(shown: list[dict[str, Any]]) -> dict[int, str]:
 # --- Figures for live_plot
 
 
-def cpu(shown: list[dict[str, Any]], minutes: list[float], view: str) -> Figure:
-    """Shares of all cores: this run, and the whole machine."""
-    run = [round(r["cpu"] / r["cores"], 1) for r in shown]
-    machine = [r["machine_cpu"] for r in shown]
-    traces = [trace("this run", minutes, run, 0), trace("whole machine", minutes, machine, 1)]
-    found = layout("CPU, % of all cores", f"{view}/cpu")
+@dataclass(frozen=True)
+class Trace:
+    """A run's samples, thinned to what a chart shows, and the minutes since the start of each."""
+
+    run_id: str
+    samples: list[dict[str, Any]]
+    minutes: list[float]
+
+    @classmethod
+    def of(cls, run: Run) -> Trace:
+        found = samples(run)
+        shown = system.spaced(found, (found[-1]["time"] - found[0]["time"]) / POINTS) if len(found) > POINTS else found
+        starts = [event["time"] for event in lab.events(run, "started")]
+        return cls(run.id, shown, charts.running_minutes([record["time"] for record in shown], starts))
+
+
+def cpu(seen: Trace) -> tuple[Figure, str]:
+    """Shares of all cores, this run and the whole machine; and the end of them in words."""
+    run = [round(r["cpu"] / r["cores"], 1) for r in seen.samples]
+    machine = [r["machine_cpu"] for r in seen.samples]
+    traces = [trace("this run", seen.minutes, run, 0), trace("whole machine", seen.minutes, machine, 1)]
+    found, last = layout("CPU, % of all cores", f"{seen.run_id}/cpu"), seen.samples[-1]
     found["yaxis"]["range"] = [0, 105]
-    return {"data": traces, "layout": found}
+    said = f"CPU over time; at the end {last['machine_cpu']:.0f} % of the machine's {last['cores']} cores"
+    return {"data": traces, "layout": found}, said
 
 
-def memory(shown: list[dict[str, Any]], minutes: list[float], view: str) -> Figure:
-    """GiB: what this run holds, what the machine has in use, and what there is."""
+def memory(seen: Trace) -> tuple[Figure, str]:
+    """GiB: what this run holds, what the machine has in use, and what there is; and the end of the first in words."""
     series = (("this run", "memory"), ("whole machine", "machine_memory"), ("installed", "machine_memory_total"))
     traces = [
-        trace(name, minutes, [round(r[key] / GIB, 3) for r in shown], number)
+        trace(name, seen.minutes, [round(r[key] / GIB, 3) for r in seen.samples], number)
         for number, (name, key) in enumerate(series)
     ]
     traces[-1]["line"] |= {"color": charts.GREY, "width": 1}
-    return {"data": traces, "layout": layout("memory, GiB", f"{view}/memory")}
+    said = f"Memory over time; at the end this run holds {seen.samples[-1]['memory'] / GIB:.1f} GiB"
+    return {"data": traces, "layout": layout("memory, GiB", f"{seen.run_id}/memory")}, said
 
 
-def gpu(shown: list[dict[str, Any]], minutes: list[float], key: str, names: dict[int, str], view: str) -> Figure:
+def gpu(seen: Trace, key: str) -> tuple[Figure, str]:
     """One figure of every GPU; where it was not told the line has a gap."""
     title, unit, divisor, upper = GPU_FIGURES[key]
-    by_index = [{g["index"]: g for g in r.get("gpus", [])} for r in shown]
+    names = gpu_names(seen.samples)
+    by_index = [{g["index"]: g for g in r.get("gpus", [])} for r in seen.samples]
     traces = []
     for number, index in enumerate(names):
         for field in filter(None, (key, upper)):
             found = [gpus.get(index, {}).get(field) for gpus in by_index]
             values = [None if value is None else round(value / divisor, 2) for value in found]
-            traces.append(trace(f"GPU {index}" if field == key else f"GPU {index} has", minutes, values, number))
+            traces.append(trace(f"GPU {index}" if field == key else f"GPU {index} has", seen.minutes, values, number))
             if field == upper:
                 line = traces[-1]["line"] | {"color": charts.GREY, "width": 1, "dash": "dot"}
                 traces[-1] |= {"line": line, "showlegend": False}
-    found = layout(f"{title}, {unit}", f"{view}/gpu/{key}")
+    found = layout(f"{title}, {unit}", f"{seen.run_id}/gpu/{key}")
     if unit == "%":
         found["yaxis"]["range"] = [0, 105]
-    return {"data": traces, "layout": found}
+    return {"data": traces, "layout": found}, f"{title} over time: {', '.join(names.values())}"
 
 
 def trace(name: str, x: list[float], y: list[float | None], number: int) -> dict[str, Any]:

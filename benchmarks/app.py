@@ -107,7 +107,7 @@ def app_test():
     config.set_option("server.address", "127.0.0.1")
     config.set_option("runner.postScriptGC", False)
     config.set_option("runner.magicEnabled", False)
-    return AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=120)
+    return AppTest.from_file(str(ROOT / "app" / "router.py"), default_timeout=120)
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -1,15 +1,16 @@
 """Home: what this is, the demo, the runs, this machine."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import streamlit as st
 
-from app import lab, parts, system_views
+from app import lab, live, pace, parts, system_views
 from prunedm import bundled, recipe
 from prunedm.records import RESUMABLE
 
 RECENT, SUGGESTED = 8, 3
-EVERY_MACHINE = 2.0  # seconds
+EVERY_COUNT, EVERY_MACHINE = 2.0, 2.0  # seconds
 
 
 def welcome() -> None:
@@ -46,7 +47,7 @@ def run_line(card: lab.Card) -> None:
         return
     with figures:
         if card.active:
-            parts.progress(card)
+            parts.progress(card.run)
         else:
             error = f" · {parts.plain(card.state.error)}" if card.state.error else ""
             st.caption(parts.duration(card.state.seconds) + error)
@@ -62,20 +63,23 @@ def shown_cards() -> list[lab.Card]:
 
 
 def runs() -> None:
+    """The runs; while one is active, each line follows its run and the count above them draws the page anew."""
     st.subheader("Runs")
-    live = any(c.active for c in shown_cards())
+    cards = shown_cards()
+    if any(card.active for card in cards):
+        live.line("runs", count, EVERY_COUNT)
+    if not cards:
+        st.caption("No runs yet: the demo is a good first one.")
+    for card in cards:
+        run_line(card)
 
-    @st.fragment(run_every=1.0 if live else None)
-    def listing() -> None:
-        cards = shown_cards()
-        if live and not any(c.active for c in cards):
-            st.rerun()
-        if not cards:
-            st.caption("No runs yet: the demo is a good first one.")
-        for card in cards:
-            run_line(card)
 
-    listing()
+def count() -> dict[str, str]:
+    """How many runs there are in each active state; the page turns when a run comes, goes or changes its state."""
+    cards = shown_cards()
+    found = Counter(card.status for card in cards if card.active)
+    words = " · ".join(f"{number} {status}" for status, number in found.items())
+    return {"html": f"<small>{words}</small>", "turn": repr([(card.run.id, card.status) for card in cards])}
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,9 @@ def suggest() -> None:
 def machine() -> None:
     """What runs have at their disposal, and how much of it is taken."""
     st.subheader("This machine")
-    live = any(c.active for c in lab.cards())
+    is_live = any(c.active for c in lab.cards())
 
-    @st.fragment(run_every=EVERY_MACHINE if live else None)
+    @st.fragment(run_every=pace.every(EVERY_MACHINE, pace.tab()) if is_live else None)
     def show() -> None:
         for column, (label, value, help_) in zip(st.columns(4), system_views.machine_now()):
             column.metric(label, value, help=help_, border=True)

@@ -4,15 +4,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import streamlit as st
 
-from app import curve_views, forms, lab, mask_views, pace, parts, system_views
+from app import curve_views, forms, lab, live, mask_views, pace, parts, system_views
 from prunedm.records import RESUMABLE, STAGE_LABELS
-from prunedm.store import Run, stage_step
+from prunedm.store import SYSTEM, Run, stage_step
 
-EVERY_PROGRESS, EVERY_CURVES, EVERY_MASKS, EVERY_SAMPLES = 1.0, 2.0, 5.0, 2.0
+EVERY_CURVES, EVERY_MASKS, EVERY_SAMPLES = 2.0, 5.0, 2.0  # seconds
 
 
 def header(card: lab.Card) -> None:
@@ -22,7 +21,10 @@ def header(card: lab.Card) -> None:
     with chip:
         parts.state_chip(card.status)
     with bar:
-        section(lambda: progress(card.run, card.status, len(alerts)), EVERY_PROGRESS)
+        if is_live:
+            live.line("progress", functools.partial(progress, card.run), parts.EVERY_PROGRESS)
+        else:
+            st.html(progress(card.run)["html"])
     with actions, parts.said():
         show_actions(card)
     for alert in alerts:
@@ -30,14 +32,19 @@ def header(card: lab.Card) -> None:
         st.warning(f"**{what.capitalize()}** at step {alert['step']}: {text}. What to do: {remedy}.", icon="⚠️")
 
 
-def progress(run: Run, status: str, alerts: int) -> None:
-    """The live line under a state and so many alerts."""
+def progress(run: Run) -> dict[str, str]:
+    """The line under the state. The page turns with the state, with what was asked of the run, and with what there is
+    to draw: alerts, and figures that are recorded for the first time."""
     card = lab.card(run)
-    if (card.status, len(lab.events(run, "alert"))) != (status, alerts):
-        st.rerun()
+    if card.problem:
+        return {"html": "", "turn": card.problem}
     running = "" if card.status == "done" else f" · {parts.duration(card.state.seconds)} of running"
     stages = f"{len(card.state.stages_done)} of {len(STAGE_LABELS)} stages done{running}"
-    parts.progress(card, stages, *([system_views.strip(run)] if is_live else []))
+    drawn = (lab.steps(run).names, bool(lab.lines(run, SYSTEM)), len(lab.events(run, "alert")))
+    return {
+        "html": parts.progress_html(card, stages, *([system_views.strip(run)] if card.active else [])),
+        "turn": repr((card.status, run.pause_requested(), *drawn)),
+    }
 
 
 def show_actions(card: lab.Card) -> None:
@@ -109,11 +116,11 @@ def moment(path: Path) -> str:
 
 def section(draw: Callable[[], None], every: float | None) -> None:
     """A part of the page that follows the run's folder while there is something to follow."""
-    paced = pace.every(every) if is_live and every else None
+    paced = pace.every(every, pace.tab()) if is_live and every else None
 
     @st.fragment(run_every=paced)
     def show() -> None:
-        if paced and pace.every(every) != paced:
+        if paced and pace.every(every, pace.tab()) != paced:
             st.rerun()
         with parts.said():
             draw()
@@ -132,23 +139,31 @@ def recipe(run: Run) -> None:
     st.code(found.to_yaml(), language="yaml", wrap_lines=True)
 
 
+def curves(run: Run) -> None:
+    curve_views.training(run, *curve_views.controls(), EVERY_CURVES if is_live else None)
+
+
+def system(run: Run) -> None:
+    system_views.tab(run, EVERY_CURVES if is_live else None)
+
+
 @dataclass(frozen=True)
 class Tab:
-    """What a tab draws of a run, and how often; ``controls`` stand above it and are no part of what is drawn anew."""
+    """What a tab draws of a run; ``every``: seconds after which it is drawn anew, None where its charts follow the run
+    by themselves or nothing in it changes."""
 
-    draw: Callable[..., None]
-    every: float | None
-    controls: Callable[[], tuple[Any, ...]] = tuple
+    draw: Callable[[Run], None]
+    every: float | None = None
 
 
 TABS = {
-    "Curves": Tab(curve_views.training, EVERY_CURVES, curve_views.controls),
+    "Curves": Tab(curves),
     "Masks": Tab(mask_views.evolution, EVERY_MASKS),
     "Compliance": Tab(mask_views.compliance, EVERY_MASKS),
     "Samples": Tab(samples, EVERY_SAMPLES),
     "Log": Tab(parts.log, EVERY_CURVES),
-    "Recipe": Tab(recipe, None),
-    "System": Tab(system_views.tab, EVERY_CURVES),
+    "Recipe": Tab(recipe),
+    "System": Tab(system),
 }
 
 
@@ -159,7 +174,7 @@ def tabs(run: Run) -> None:
     for place, tab in zip(st.tabs(list(TABS), key="tab", bind="query-params"), TABS.values()):
         if place.open:
             with place:
-                section(functools.partial(tab.draw, run, *tab.controls()), tab.every)
+                section(functools.partial(tab.draw, run), tab.every)
     st.session_state["monitor_tab"] = st.session_state["tab"]
 
 

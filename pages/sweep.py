@@ -5,7 +5,6 @@ import streamlit as st
 from app import lab, parts, sweep_form, sweep_views, sweeps
 from prunedm import sweep
 
-EVERY = 2.0  # seconds
 VIEW, PICK = "sweep.view", "sweep.pick"
 WATCH, NEW = "Watch", "New sweep"
 ABOUT = (
@@ -30,12 +29,12 @@ def choose(names: list[str]) -> str:
 
 
 def watch(name: str) -> None:
-    """One sweep; it follows the database while someone works on it."""
+    """One sweep; its progress line follows the database while someone works on it, and has the rest drawn anew."""
     with st.spinner("Opening the sweep…"):
         seen = sweeps.look(name)
     live, fresh = seen.live, [seen]
 
-    @st.fragment(run_every=EVERY if live else None)
+    @st.fragment
     def show() -> None:
         with parts.said():
             now = fresh.pop() if fresh else sweeps.look(name)

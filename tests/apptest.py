@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ KINDS = ("markdown", "caption", "error", "warning", "info", "success", "title", 
 
 def open_page(page: str, **query: str) -> AppTest:
     """A page as the address with this query shows it."""
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    app = AppTest.from_file(str(ROOT / "app" / "router.py"), default_timeout=60).run()
     for key, value in query.items():
         app.query_params[key] = value
     app.switch_page(f"../pages/{page}.py").run()
@@ -31,8 +32,20 @@ def sound(app: AppTest) -> AppTest:
 def said(app: AppTest) -> str:
     """All text of the page, as it was given to Markdown or HTML."""
     texts = [str(e.value) + str(getattr(e, "label", "")) for kind in KINDS for e in getattr(app, kind)]
-    texts += [html.unescape(re.sub("<[^>]*>", "\n", e.proto.body)) for e in app.get("html")]
+    texts += [bare(e.proto.body) for e in app.get("html")] + [bare(line["html"]) for line in live_lines(app)]
     return "\n".join(texts)
+
+
+def bare(markup: str) -> str:
+    return html.unescape(re.sub("<[^>]*>", "\n", markup))
+
+
+def live_lines(app: AppTest) -> list[dict[str, str]]:
+    """What the page's live lines were drawn with: ``html`` and ``turn``."""
+    found = [
+        json.loads(e.proto.json) for e in app.get("bidi_component") if e.proto.component_name.endswith("live_line")
+    ]
+    return [data["content"] for data in found]
 
 
 def shown(app: AppTest) -> str:

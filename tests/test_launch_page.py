@@ -25,7 +25,7 @@ def done_run(tmp_path_factory, micro):
 
 
 def open_page(page="launch"):
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    app = AppTest.from_file(str(ROOT / "app" / "router.py"), default_timeout=60).run()
     app.switch_page(f"../pages/{page}.py").run()
     assert not app.exception, app.exception
     return app

@@ -122,7 +122,7 @@ def test_what_a_page_fails_of_is_in_the_server_log(runs, server_log, monkeypatch
 
     config.set_option("logger.enableRich", False)  # as app/.streamlit/config.toml says, which AppTest does not read
     monkeypatch.setattr(lab, "cards", lambda: 1 / 0)
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    app = AppTest.from_file(str(ROOT / "app" / "router.py"), default_timeout=60).run()
     app.switch_page("../pages/monitor.py").run()
     assert app.exception and "ZeroDivisionError" in server_log() and "<lab>/pages/monitor.py" in server_log()
 

@@ -46,7 +46,7 @@ def varied(runs_dir):
 
 
 def open_page():
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    app = AppTest.from_file(str(ROOT / "app" / "router.py"), default_timeout=60).run()
     app.switch_page("../pages/runs.py").run()
     return sound(app)
 
@@ -343,7 +343,7 @@ def test_duplicate_fills_the_launch_form(runs):
 
 def test_duplicate_wins_over_a_form_that_was_filled_before(runs):
     run = fake(runs, "one", mask={"steps": 123})
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60).run()
+    app = AppTest.from_file(str(ROOT / "app" / "router.py"), default_timeout=60).run()
     app.switch_page("../pages/launch.py").run()
     app.number_input(key="recipe.mask.steps").set_value(55).run()
     app.switch_page("../pages/runs.py").run()

@@ -117,7 +117,7 @@ def fake(runs, monkeypatch):
 
 
 def open_page(page="sweep", **query):
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=60)
+    app = AppTest.from_file(str(ROOT / "app" / "router.py"), default_timeout=60)
     for key, value in query.items():
         app.query_params[key] = value
     app.run().switch_page(f"../pages/{page}.py").run()

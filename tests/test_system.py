@@ -215,14 +215,15 @@ def test_figures_show_shares_gibibytes_and_gaps():
     gpu = {"index": 0, "name": "<b>H200</b>", "utilisation": None, "memory": 12 * GIB, "memory_total": 140 * GIB}
     gpu |= {"temperature": 54, "power": None}
     shown = [sample(2.0), sample(4.0, gpus=[gpu]), sample(6.0)]
-    minutes = [0.0, 0.1, 0.2]
-    run, machine = system_views.cpu(shown, minutes, "v")["data"]
-    assert run["y"] == [75.0] * 3 and machine["y"] == [90.0] * 3
-    own, used, total = system_views.memory(shown, minutes, "v")["data"]
-    assert (own["y"][0], used["y"][0], total["y"][0]) == (1.0, 4.0, 16.0)
-    names = system_views.gpu_names(shown)
-    assert names == {0: "<b>H200</b>"}
-    has, ceiling = system_views.gpu(shown, minutes, "memory", names, "v")["data"]
+    seen = system_views.Trace("v", shown, [0.0, 0.1, 0.2])
+    figure, said = system_views.cpu(seen)
+    run, machine = figure["data"]
+    assert run["y"] == [75.0] * 3 and machine["y"] == [90.0] * 3 and "90 % of the machine's" in said
+    figure, said = system_views.memory(seen)
+    own, used, total = figure["data"]
+    assert (own["y"][0], used["y"][0], total["y"][0]) == (1.0, 4.0, 16.0) and "holds 1.0 GiB" in said
+    assert system_views.gpu_names(shown) == {0: "<b>H200</b>"}
+    has, ceiling = system_views.gpu(seen, "memory")[0]["data"]
     assert has["name"] == "GPU 0" and has["y"] == [None, 12.0, None] and ceiling["y"] == [None, 140.0, None]
     assert json.dumps([run, has]), "plain enough for the browser"
     assert system_views.gpu_now(gpu) == "GPU 0: 12.0 of 140.0 GiB, 54 °C"
