@@ -30,15 +30,16 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 # Shared by every component with a part to follow. It rests while its node is out of sight or the page is hidden.
 FOLLOW = """
-const inSight = (node, then) => {
-  node.then = then;
+// (Not "then": a promise would take the node for another promise.)
+const inSight = (node, seen) => {
+  node.seen = seen;
   node.sight ??= new IntersectionObserver((looks) => {
     node.outOfSight = !looks.at(-1).isIntersecting;
-    if (!node.outOfSight) node.then();
+    if (!node.outOfSight) node.seen();
   });
   node.sight.observe(node);
   window.prunedmSeen ??= document.addEventListener("visibilitychange", () => {
-    for (const each of document.querySelectorAll(".live")) if (!each.outOfSight) each.then?.();
+    for (const each of document.querySelectorAll(".live")) if (!each.outOfSight) each.seen?.();
   }) ?? true;
 };
 const follow = (node, part, show, gone) => {

@@ -55,7 +55,8 @@ def test_the_demo_from_the_button_to_the_comparison(tmp_path):
 
 def sees_live_progress(page, run) -> None:
     """The bar moves and the loss curve updates in place while the job trains."""
-    page.locator("[aria-label*='Training loss'] .scatterlayer path").first.wait_for(state="attached", timeout=120_000)
+    drawn = page.locator("[aria-label*='Training loss'][data-updates] .scatterlayer path")
+    drawn.first.wait_for(state="attached", timeout=120_000)
     chart = page.locator("[aria-label*='Training loss']")
     chart.evaluate("node => { node.marked = true }")
     updates = int(chart.get_attribute("data-updates"))

@@ -19,7 +19,7 @@ from prunedm import lab_command, password
 
 WORD = "correct horse battery"
 PRIVATE = "what stands in a run is nobody's business"
-MAIN = str(Path(browser.ROOT / "app" / "main.py"))
+ROUTER = str(Path(browser.ROOT / "app" / "router.py"))
 
 
 # --- a real server -------------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ def test_a_websocket_opens_to_the_labs_own_pages_only(local, headers, status):
 
 PATHS = [
     "/app/static/../../runs/{run}/log.txt", "/app/static/%2e%2e/%2e%2e/runs/{run}/log.txt",
-    "/app/static/{folder}/log.txt", "/app/static//{folder}/log.txt", "/app/static/..%2f..%2fmain.py",
+    "/app/static/{folder}/log.txt", "/app/static//{folder}/log.txt", "/app/static/..%2f..%2frouter.py",
+    "/live/x", "/live/{run}", "/live/..%2f..%2frouter.py", "/live/%2e%2e/{run}/log.txt",
     "/app/static/../.streamlit/config.toml",
     "/media/../runs/{run}/log.txt", "/media/{folder}/log.txt", "/media/%2e%2e/runs/{run}/log.txt", "/media/log.txt",
     "/static/../../../../../../../../{folder}/log.txt", "/static/..%5c..%5clog.txt", "/runs/{run}/log.txt",
@@ -213,7 +214,7 @@ def test_a_friend_logs_in_and_sees_pictures_that_a_stranger_does_not(shared):
 def test_pages_served_to_the_network_without_a_login_are_not_drawn(runs):
     config.set_option("server.address", "0.0.0.0")
     try:
-        app = AppTest.from_file(MAIN, default_timeout=60).run()
+        app = AppTest.from_file(ROUTER, default_timeout=60).run()
     finally:
         config.set_option("server.address", "127.0.0.1")
     assert "without a login" in app.error[0].value and not app.title and not app.button
@@ -225,7 +226,7 @@ def by_account(runs, monkeypatch):
     monkeypatch.setenv(lab_command.LOGIN_ENV, "oidc")
 
     def see(**user):
-        app = AppTest.from_file(MAIN, default_timeout=60)
+        app = AppTest.from_file(ROUTER, default_timeout=60)
         provider = {"redirect_uri": "http://lab/oauth2callback", "cookie_secret": "x" * 32, "client_id": "a"}
         app.secrets["auth"] = provider | {
             "client_secret": "b",
