@@ -85,6 +85,16 @@ export default async function ({ data, parentElement, setTriggerValue }) {
 )
 
 
+PREPARE = (
+    READY
+    + """
+export default function () {
+  (window.requestIdleCallback ?? setTimeout)(() => ready());
+}
+"""
+)
+
+
 def install() -> None:
     """Put plotly.js where Streamlit's static serving finds it, once for each version."""
     if not STATIC.exists() or STATIC.stat().st_size != SOURCE.stat().st_size:
@@ -92,6 +102,14 @@ def install() -> None:
         part = STATIC.with_suffix(".part")
         shutil.copyfile(SOURCE, part)
         part.replace(STATIC)
+
+
+def prepare() -> None:
+    """Have the browser load plotly when it rests: the first page with a chart need not wait for it."""
+    install()
+    st.components.v2.component("prunedm_prepare_plot", html="<div></div>", js=PREPARE, isolate_styles=False)(
+        key="prepare-plot"
+    )
 
 
 def live_plot(figure: Figure, key: str, alt: str) -> None:

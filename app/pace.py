@@ -12,7 +12,7 @@ import uuid
 
 import streamlit as st
 
-TAB = 0.03  # processor seconds a second that one tab takes at its own pace (benchmarks/app.py tabs)
+TAB = 0.08  # processor seconds a second that training loses to one tab at its own pace (benchmarks/app.py tabs)
 SHARE = 0.025  # of the machine's processors, for all tabs together
 SLOWEST = 5.0  # times as long between two updates, and no more
 WATCHES = 20.0  # seconds after an update in which a tab counts

@@ -9,7 +9,7 @@ if str(ROOT) not in sys.path:
 
 import streamlit as st  # noqa: E402
 
-from app import lab, login, parts  # noqa: E402
+from app import lab, live_plot, login, parts  # noqa: E402
 from prunedm import logs  # noqa: E402
 
 PAGES = {
@@ -38,3 +38,4 @@ st.set_page_config(page_title=f"{page.title} · PruneDM Lab")
 st.logo(LOGO, size="large")
 parts.page_style()
 page.run()
+live_plot.prepare()

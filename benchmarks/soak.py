@@ -10,13 +10,15 @@ load   websocket sessions watch one training job in the Monitor: errors, the tim
 soak   short jobs in one server: its threads, open files and memory afterwards against those before
 
 A session speaks Streamlit's own protocol over a websocket, as a page in a browser does: it opens the Monitor and asks
-for each update as often as the page says. Every timing disturbs every other: run it on an idle machine.
+for each part of it, live or drawn by the script, as often as the page and the answers say. Every timing disturbs
+every other: run it on an idle machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import signal
 import statistics
 import sys
@@ -24,9 +26,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 from streamlit.proto.BackMsg_pb2 import BackMsg
@@ -73,9 +77,12 @@ class Session:
     def __init__(self, url: str, run_id: str) -> None:
         address = url.replace("http", "ws", 1) + "/_stcore/stream"
         self._connection = connect(address, origin=url, subprotocols=["streamlit"], max_size=None)
+        self._http = HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+        self._digests: dict[str, str] = {}  # of live parts, as they were seen last
         self._first = run_id
         self._known: set[str] = set()  # messages that the server need not send again
         self._script = ""
+        self._turn = ""  # of the page, by its progress line
         self.ticks: dict[str, float] = {}  # the page's parts that ask for updates, and seconds between two
         self.buttons: dict[str, str] = {}  # label to id
 
@@ -85,6 +92,7 @@ class Session:
         return self
 
     def __exit__(self, *given: Any) -> None:
+        self._http.close()
         self._connection.__exit__(*given)
 
     def show(self, run_id: str, press: str = "") -> None:
@@ -93,14 +101,32 @@ class Session:
         ask = self._request()
         if press:
             ask.rerun_script.widget_states.widgets.add(id=self.buttons[press], trigger_value=True)
-        self.ticks, self.buttons = {}, {}
+        self.ticks, self.buttons, self._digests = {}, {}, {}
         self._answer(ask)
 
     def update(self, part: str) -> None:
         """Draw one part of the page anew, as its timer does."""
+        if part in self._digests:
+            self._look(part)
+            return
         ask = self._request()
         ask.rerun_script.fragment_id, ask.rerun_script.is_auto_rerun = part, True
         self._answer(ask)
+
+    def _look(self, path: str) -> None:
+        """Ask for a live part. The whole page again where it asks for that."""
+        self._http.request("GET", f"/{path}?seen={self._digests[path]}")
+        answer = self._http.getresponse()
+        body = answer.read()
+        if answer.status == 404:
+            self.show(self._first)
+            return
+        self.ticks[path] = float(answer.headers["X-Again"])
+        if answer.status == 200:
+            self._digests[path] = answer.headers["X-Digest"]
+            turn = json.loads(body).get("turn")
+            if turn is not None and turn != self._turn:
+                self.show(self._first)
 
     def _request(self) -> BackMsg:
         ask = BackMsg()
@@ -134,7 +160,7 @@ class Session:
         elif kind == "auto_rerun":
             self.ticks[message.auto_rerun.fragment_id] = message.auto_rerun.interval
         elif kind == "stop_auto_rerun":
-            self.ticks.clear()
+            self.ticks = {part: every for part, every in self.ticks.items() if part in self._digests}
         elif kind == "delta":
             self._see(message.delta.new_element)
         elif kind == "script_finished" and message.script_finished != ForwardMsg.FINISHED_EARLY_FOR_RERUN:
@@ -146,6 +172,11 @@ class Session:
     def _see(self, element: Any) -> None:
         if element.HasField("exception"):
             raise RuntimeError(f"the page failed: {element.exception.type}: {element.exception.message}")
+        if element.HasField("bidi_component"):
+            data = json.loads(element.bidi_component.json)
+            self._turn = data.get("content", {}).get("turn", self._turn)
+            if part := data.get("part"):
+                self.ticks[part["path"]], self._digests[part["path"]] = part["every"], part["digest"]
         if element.HasField("button"):
             self.buttons[element.button.label] = element.button.id
 
@@ -173,7 +204,7 @@ class Watcher(threading.Thread):
             with Session(self.url, self.watched.id) as session:
                 self.is_open.set()
                 self._watch(session)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, HTTPException) as error:
             self.errors.append(str(error))
         finally:
             self.is_open.set()

@@ -40,12 +40,15 @@ def bare(markup: str) -> str:
     return html.unescape(re.sub("<[^>]*>", "\n", markup))
 
 
+def components(app: AppTest) -> list[tuple[str, dict]]:
+    """Name and data of each component of the page that was given any."""
+    found = [e.proto for e in app.get("bidi_component")]
+    return [(proto.component_name, json.loads(proto.json)) for proto in found if proto.json]
+
+
 def live_lines(app: AppTest) -> list[dict[str, str]]:
     """What the page's live lines were drawn with: ``html`` and ``turn``."""
-    found = [
-        json.loads(e.proto.json) for e in app.get("bidi_component") if e.proto.component_name.endswith("live_line")
-    ]
-    return [data["content"] for data in found]
+    return [data["content"] for name, data in components(app) if name == "prunedm_live_line"]
 
 
 def shown(app: AppTest) -> str:

@@ -501,7 +501,7 @@ def tab(monkeypatch):
 def test_updates_are_rarer_the_more_tabs_share_few_processors_with_training(tab, monkeypatch):
     monkeypatch.setattr(pace.os, "cpu_count", lambda: 2)
     found = [tab(str(number)) for number in range(20)]
-    assert found == sorted(found) and found[0] == 1.0 and found[1] < found[4] and found[-1] == pace.SLOWEST
+    assert found == sorted(found) and 1 < found[0] < 2 and found[0] < found[1] and found[-1] == pace.SLOWEST
     monkeypatch.setattr(pace.os, "cpu_count", lambda: 128)
     assert tab("0") == 1.0, "as often as UX asks where there is room"
 
@@ -509,7 +509,7 @@ def test_updates_are_rarer_the_more_tabs_share_few_processors_with_training(tab,
 def test_a_tab_that_was_closed_counts_no_longer(tab, monkeypatch):
     monkeypatch.setattr(pace.os, "cpu_count", lambda: 2)
     alone = tab("a")
-    assert tab("b", 1) >= alone and tab("c", 1) > alone and tab("a", 1) > alone
+    assert tab("b", 1) > alone and tab("a", 1) > alone
     assert tab("a", pace.WATCHES) == alone
 
 
