@@ -74,9 +74,10 @@ LINE = (
     + """
 export default function ({ data, parentElement, setTriggerValue }) {
   const node = parentElement.querySelector(".live");
+  let last = data.content.turn;
   const show = ({ html, turn }) => {
     if (node.shown !== html) node.innerHTML = node.shown = html;
-    if (turn !== data.content.turn) setTriggerValue("turn", turn);
+    if (turn !== last) setTriggerValue("turn", (last = turn));
   };
   show(data.content);
   inSight(node, () => goOn(node));

@@ -237,9 +237,27 @@ def test_what_trains_is_followed_and_zoom_stays(page, url, place, at_rest, tiny)
     loss = page.locator("[aria-label*='Training loss']")
     until(page, lambda: zoom(loss) == chosen, "zoom outlives a look at another tab")
     expect(page.locator(".modebar-btn[data-title*='Share']")).to_have_count(0)  # plotly would send the chart away
+    rests_while_hidden(page, loss)
     assert run.state().status == "running"
     run.request_stop()
     page.get_by_role("button", name="Resume").wait_for()
+
+
+def rests_while_hidden(page, chart) -> None:
+    """A page in the background asks for no live part, and goes on when it is looked at again."""
+    hide = "is => { Object.defineProperty(document, 'hidden', { value: is, configurable: true }); }"
+    page.evaluate(hide, True)
+    page.wait_for_timeout(6000)  # the slowest of its questions is on its way
+    asked, number = live_questions(page), updates(chart)
+    page.wait_for_timeout(6000)
+    assert live_questions(page) == asked and updates(chart) == number
+    page.evaluate(hide, False)
+    page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+    until(page, lambda: updates(chart) > number and live_questions(page) > asked, "it goes on")
+
+
+def live_questions(page) -> int:
+    return sum("/live/" in address for address in page.requested)
 
 
 def new_samples(page) -> None:
