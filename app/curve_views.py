@@ -42,11 +42,12 @@ def controls() -> tuple[str, charts.Look]:
     return axis, charts.Look(is_log, weight)
 
 
-def training(run: Run, axis: str, look: charts.Look, every: float | None) -> None:
+def training(run: Run, every: float | None) -> None:
     """The loss of every stage, the weights' learning rate and gradient norm, looked at as the controls say.
 
     every: seconds between two drawings of a chart while the run is active; None: it is not.
     """
+    axis, look = controls()
     steps = lab.steps(run)
     if not steps:
         st.caption("Waiting for the first training step…")
@@ -71,20 +72,22 @@ def _now(run: Run, name: str, axis: str, look: charts.Look) -> tuple[charts.Figu
     return figure, f"{charts.LABELS[name]} over the steps"
 
 
-def settling(run: Run) -> None:
-    """How the masks settle: each figure of stage 2 over the steps, smoothed as the training curves are."""
-    steps = lab.steps(run)
-    look = charts.Look(smoothing=st.session_state.get("curve_smoothing", charts.SMOOTHING))
+def settling(run: Run, every: float | None) -> None:
+    """How the masks settle: each figure of stage 2 over the steps, smoothed and followed as the training curves are."""
+    names, look = lab.steps(run).names, charts.Look(smoothing=st.session_state.get("curve_smoothing", charts.SMOOTHING))
 
-    def draw(name: str) -> None:
-        figure = charts.curve(steps, name, STAGE_LABELS, run.id, look)
-        live_plot.live_plot(figure, f"curve-{name}", f"{charts.LABELS[name]} over the steps")
+    def follow(name: str) -> None:
+        live_plot.follow(f"curve-{name}", functools.partial(_now, run, name, STEPS, look), every)
 
-    two_a_row([name for name in SETTLING if name in steps.names], draw)
-    if "tracker.0" in steps.names:
-        timesteps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
-        figure = charts.tracker_by_bin(steps, timesteps, run.id)
-        live_plot.live_plot(figure, "curve-tracker-bins", "Loss tracker of each timestep bin over the mask steps")
+    two_a_row([name for name in SETTLING if name in names], follow)
+    if "tracker.0" in names:
+        live_plot.follow("curve-tracker-bins", functools.partial(_tracker, run), every)
+
+
+def _tracker(run: Run) -> tuple[charts.Figure, str]:
+    timesteps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
+    figure = charts.tracker_by_bin(lab.steps(run), timesteps, run.id)
+    return figure, "Loss tracker of each timestep bin over the mask steps"
 
 
 def two_a_row(names: list[str], draw: Callable[[str], None]) -> None:

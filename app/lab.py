@@ -17,7 +17,7 @@ from prunedm.jsonl import Lines, Tail
 from prunedm.recipe import Recipe
 from prunedm.records import ACTIVE, RunState
 from prunedm.steps import Columns, Steps
-from prunedm.store import Run
+from prunedm.store import EVENTS, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,7 +145,7 @@ def steps(run: Run) -> Steps:
 
 def events(run: Run, kind: str) -> list[dict[str, Any]]:
     """The run's events of one kind."""
-    return [event for event in lines(run, "events.jsonl") if event.get("kind") == kind]
+    return [event for event in lines(run, EVENTS) if event.get("kind") == kind]
 
 
 @st.cache_data(show_spinner="Pruning a copy in memory to predict the sizes…", max_entries=64)

@@ -28,19 +28,22 @@ FAULTS = (ValueError, OSError, KeyError)  # what bad input and damaged files rai
 IDLE = 3600.0  # seconds without a question after which a part is offered no more; its page then draws itself again
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
-# Shared by every component with a part to follow. It rests while its node is out of sight or the page is hidden.
+# Shared by every component with a part to follow. It rests while the page is hidden, and a chart out of sight too.
+# (Not "then" for "seen": a promise would take the node for another promise.)
 FOLLOW = """
-// (Not "then": a promise would take the node for another promise.)
-const inSight = (node, seen) => {
+const whenShown = (node, seen) => {
   node.seen = seen;
+  window.prunedmSeen ??= document.addEventListener("visibilitychange", () => {
+    for (const each of document.querySelectorAll(".live")) if (!each.outOfSight) each.seen?.();
+  }) ?? true;
+};
+const whenInSight = (node, seen) => {
+  whenShown(node, seen);
   node.sight ??= new IntersectionObserver((looks) => {
     node.outOfSight = !looks.at(-1).isIntersecting;
     if (!node.outOfSight) node.seen();
   });
   node.sight.observe(node);
-  window.prunedmSeen ??= document.addEventListener("visibilitychange", () => {
-    for (const each of document.querySelectorAll(".live")) if (!each.outOfSight) each.seen?.();
-  }) ?? true;
 };
 const follow = (node, part, show, gone) => {
   clearTimeout(node.timer);
@@ -80,7 +83,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     if (turn !== last) setTriggerValue("turn", (last = turn));
   };
   show(data.content);
-  inSight(node, () => goOn(node));
+  whenShown(node, () => goOn(node));  // also out of sight: the whole page turns with it
   follow(node, data.part, show, () => setTriggerValue("turn", "gone"));
 }
 """

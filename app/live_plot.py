@@ -77,7 +77,7 @@ export default async function ({ data, parentElement, setTriggerValue }) {
     node.style.minHeight = (JSON.parse(figure).layout.height || 320) + "px";
     return redraw();
   };
-  inSight(node, () => { if (node.due) redraw(); goOn(node); });
+  whenInSight(node, () => { if (node.due) redraw(); goOn(node); });
   follow(node, data.part, show, () => setTriggerValue("gone", true));
   return show(data.content);
 }

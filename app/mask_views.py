@@ -27,8 +27,9 @@ FIGURES = {
 }
 
 
-def evolution(run: Run) -> None:
-    """One layer's mask played through its snapshots, then all layers over time, then how the masks settle."""
+def evolution(run: Run, every: float | None) -> None:
+    """One layer's mask played through its snapshots, then all layers over time, then how the masks settle, which is
+    drawn again every so many seconds; None: the run is not active."""
     layers, paths = snapshots.masked_layers(run), run.mask_snapshots()
     order = sorted(range(len(layers)), key=lambda i: flow(layers[i]["layer"]))
     if not layers or not paths:
@@ -40,7 +41,7 @@ def evolution(run: Run) -> None:
     st.subheader("All layers")
     all_layers(run, names, order, lab.lines(run, MASK_LAYERS))
     st.subheader("How the masks settle")
-    curve_views.settling(run)
+    curve_views.settling(run, every)
 
 
 def all_layers(run: Run, names: list[str], order: list[int], records: list[dict[str, Any]]) -> None:

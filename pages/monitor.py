@@ -9,9 +9,9 @@ import streamlit as st
 
 from app import curve_views, forms, lab, live, mask_views, pace, parts, system_views
 from prunedm.records import RESUMABLE, STAGE_LABELS
-from prunedm.store import SYSTEM, Run, stage_step
+from prunedm.store import EVENTS, SYSTEM, Run, stage_step
 
-EVERY_CURVES, EVERY_MASKS, EVERY_SAMPLES = 2.0, 5.0, 2.0  # seconds
+EVERY = 2.0  # seconds between two looks at curves, the machine and the log
 
 
 def header(card: lab.Card) -> None:
@@ -34,16 +34,17 @@ def header(card: lab.Card) -> None:
 
 def progress(run: Run) -> dict[str, str]:
     """The line under the state. The page turns with the state, with what was asked of the run, and with what there is
-    to draw: alerts, and figures that are recorded for the first time."""
+    to draw: events, samples, snapshots of the masks, and figures that are recorded for the first time."""
     card = lab.card(run)
     if card.problem:
         return {"html": "", "turn": card.problem}
     running = "" if card.status == "done" else f" · {parts.duration(card.state.seconds)} of running"
     stages = f"{len(card.state.stages_done)} of {len(STAGE_LABELS)} stages done{running}"
-    drawn = (lab.steps(run).names, bool(lab.lines(run, SYSTEM)), len(lab.events(run, "alert")))
+    files = (len(run.samples()), len(run.mask_snapshots()))
+    records = (len(lab.lines(run, EVENTS)), bool(lab.lines(run, SYSTEM)), lab.steps(run).names)
     return {
         "html": parts.progress_html(card, stages, *([system_views.strip(run)] if card.active else [])),
-        "turn": repr((card.status, run.pause_requested(), *drawn)),
+        "turn": repr((card.status, run.pause_requested(), files, records)),
     }
 
 
@@ -115,7 +116,7 @@ def moment(path: Path) -> str:
 
 
 def section(draw: Callable[[], None], every: float | None) -> None:
-    """A part of the page that follows the run's folder while there is something to follow."""
+    """A part of the page that is drawn by itself, and again every so many seconds while the run is active."""
     paced = pace.every(every, pace.tab()) if is_live and every else None
 
     @st.fragment(run_every=paced)
@@ -139,31 +140,24 @@ def recipe(run: Run) -> None:
     st.code(found.to_yaml(), language="yaml", wrap_lines=True)
 
 
-def curves(run: Run) -> None:
-    curve_views.training(run, *curve_views.controls(), EVERY_CURVES if is_live else None)
-
-
-def system(run: Run) -> None:
-    system_views.tab(run, EVERY_CURVES if is_live else None)
-
-
 @dataclass(frozen=True)
 class Tab:
-    """What a tab draws of a run; ``every``: seconds after which it is drawn anew, None where its charts follow the run
-    by themselves or nothing in it changes."""
+    """What a tab draws of a run; ``every``: seconds after which it is drawn anew, None where the page turns when there
+    is something new."""
 
-    draw: Callable[[Run], None]
+    draw: Callable[..., None]
     every: float | None = None
+    follows: bool = False  # whether it has charts that follow the run by themselves: told after how many seconds
 
 
 TABS = {
-    "Curves": Tab(curves),
-    "Masks": Tab(mask_views.evolution, EVERY_MASKS),
-    "Compliance": Tab(mask_views.compliance, EVERY_MASKS),
-    "Samples": Tab(samples, EVERY_SAMPLES),
-    "Log": Tab(parts.log, EVERY_CURVES),
+    "Curves": Tab(curve_views.training, follows=True),
+    "Masks": Tab(mask_views.evolution, follows=True),
+    "Compliance": Tab(mask_views.compliance),
+    "Samples": Tab(samples),
+    "Log": Tab(parts.log, EVERY),
     "Recipe": Tab(recipe),
-    "System": Tab(system),
+    "System": Tab(system_views.tab, follows=True),
 }
 
 
@@ -174,7 +168,8 @@ def tabs(run: Run) -> None:
     for place, tab in zip(st.tabs(list(TABS), key="tab", bind="query-params"), TABS.values()):
         if place.open:
             with place:
-                section(functools.partial(tab.draw, run), tab.every)
+                following = [EVERY if is_live else None] if tab.follows else []
+                section(functools.partial(tab.draw, run, *following), tab.every)
     st.session_state["monitor_tab"] = st.session_state["tab"]
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MASKS = "masks.safetensors"  # in the N:M variant's folder, with its manifest (maskfile.py)
 VARIANT_RECORD = "prunedm.json"  # in a variant's folder, written last: what was done to it
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+EVENTS = "events.jsonl"
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
 HEARTBEAT = ".heartbeat"  # its time is that of the owner's last sign of life, where state.json's is older
@@ -216,7 +217,7 @@ class Run:
         files.append(self.folder / name, records)
 
     def event(self, kind: str, **values: Any) -> None:
-        self.append("events.jsonl", [{"time": round(time.time(), 3), "kind": kind, **values}])
+        self.append(EVENTS, [{"time": round(time.time(), 3), "kind": kind, **values}])
 
     def log(self, line: str) -> None:
         logs.append(self.log_path, line)
@@ -230,11 +231,11 @@ class Run:
         return read_jsonl(self.folder / MASK_LAYERS)
 
     def events(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.folder / "events.jsonl")
+        return read_jsonl(self.folder / EVENTS)
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop what a killed process recorded of ``stage`` beyond its checkpoint at ``step`` (-1: of every step)."""
-        for name in ("metrics.jsonl", "events.jsonl", MASK_LAYERS):
+        for name in ("metrics.jsonl", EVENTS, MASK_LAYERS):
             path = self.folder / name
             records = read_jsonl(path)
             kept = [r for r in records if r.get("stage") != stage or "step" not in r or r["step"] <= step]

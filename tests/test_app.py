@@ -520,7 +520,7 @@ def test_another_number_of_tabs_changes_the_pace_of_an_open_page(runs, monkeypat
     monkeypatch.setattr(pace, "_watchers", {})
     asked = []
     monkeypatch.setattr("streamlit.fragment", noted(asked))
-    app = open_page("monitor", run=run.id, tab="Masks")
+    app = open_page("monitor", run=run.id, tab="Log")
     alone = asked[-1]
     pace._watchers |= dict.fromkeys("xyz", time.monotonic())
     app.run()

@@ -97,6 +97,11 @@ def turn(app):
     return line["turn"]
 
 
+def a_file(run, folder, name):
+    (run.folder / folder).mkdir(exist_ok=True)
+    (run.folder / folder / name).write_bytes(b"")
+
+
 @pytest.mark.parametrize(
     "happens",
     [
@@ -104,6 +109,8 @@ def turn(app):
         lambda run: run.event("alert", what="spike", text="x", remedy="y", step=1),
         lambda run: run.append("metrics.jsonl", [RECORD]),
         lambda run: run.request_pause(),
+        lambda run: a_file(run, "samples", "mask-0000010.png"),
+        lambda run: a_file(run, "masks", "mask-0000010.npz"),
     ],
 )
 def test_the_monitor_turns_with_its_run(run, happens):
