@@ -7,11 +7,12 @@ from typing import Any, Literal, get_args, get_origin
 
 import streamlit as st
 
-from app import forms, lab, parts, sweep_views, sweeps
+from app import forms, lab, parts, sweep_charts, sweep_views, sweeps
 from prunedm import recipe as recipes
 from prunedm import strict_yaml, sweep_ranges, sweep_spec
 from prunedm.recipe import Recipe, RecipeError
 from prunedm.sweep_spec import Objectives, Sweep
+from prunedm.sweep_trials import short
 
 NEXT = "sweep.next"  # the name of one that was just started
 BASE, BASE_TEXT, ROWS, FAULT = "sweep.base", "sweep.base_text", "sweep.rows", "sweep.fault"
@@ -181,7 +182,7 @@ def range_row(row: int, number: int, known: list[str], flat: dict[str, Any]) -> 
         remove = f"Remove the range of {path}"
         st.button("✕", key=row_key(row, "remove"), on_click=remove_row, args=(row,), help=remove)
     found = values_of(row, path)
-    st.caption(parts.plain(f"{forms.field_of(path).description}. The recipe has {sweep_views.short(flat[path])}."))
+    st.caption(parts.plain(f"{forms.field_of(path).description}. The recipe has {short(flat[path])}."))
     return path, found
 
 
@@ -189,7 +190,7 @@ def values_of(row: int, path: str) -> Any:
     """The widgets that fit the field: options to tick, numbers from and to, or a typed list."""
     choices = options(path)
     if choices:
-        return st.multiselect("Values", choices, key=row_key(row, "options"), format_func=sweep_views.short, **KEEP)
+        return st.multiselect("Values", choices, key=row_key(row, "options"), format_func=short, **KEEP)
     if sweep_ranges.kind(path) is None:
         return typed_list(row)
     how, *boxes = st.columns([3, 2, 2, 2, 1.4], vertical_alignment="bottom")
@@ -243,7 +244,7 @@ def rest() -> dict[str, Any]:
 
 
 def cost_words(name: str) -> str:
-    return sweep_views.LABELS.get(name, "nothing else" if name == "none" else name)
+    return sweep_charts.LABELS.get(name, "nothing else" if name == "none" else name)
 
 
 def built(document: dict[str, Any], places: dict[str, Any]) -> Sweep | None:
@@ -311,7 +312,7 @@ def begin(spec: Sweep, names: list[str]) -> None:
 def first(spec: Sweep) -> None:
     rows = [
         {"trial": number}
-        | {path: sweep_views.short(one["params"].get(path, sweep_views.UNREAD)) for path in spec.ranges}
+        | {path: short(one["params"].get(path, sweep_charts.UNREAD)) for path in spec.ranges}
         | {"recipe": one["cause"] or "valid"}
         for number, one in enumerate(sweeps.first_trials(spec.to_yaml(), spec))
     ]

@@ -21,11 +21,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-from . import files, logs, owner
+from . import files, logs, owner, state_file
 from . import recipe as recipes
-from .files import StoreError, read_json, require_known, write_atomic, write_json
+from .files import StoreError, read_json, write_atomic, write_json
 from .jsonl import read_jsonl
 from .records import ACTIVE, RESUMABLE, STAGES, VARIANTS, LayerReport, RunState, Status
 
@@ -39,8 +39,6 @@ EVENTS = "events.jsonl"
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
 HEARTBEAT = ".heartbeat"  # its time is that of the owner's last sign of life, where state.json's is older
-SCHEMA = 2  # of state.json; 1 knew an owner by pid and clock alone
-NUMBERS = ("created", "seconds", "heartbeat", "step", "of", "pid", "pid_started", "began")  # of a state
 HANDOVER = 3.0  # seconds that an owner which has recorded its ending may still hold the lock
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
@@ -79,6 +77,10 @@ class Run:
         return self.folder / "report.html"
 
     @property
+    def state_path(self) -> Path:
+        return self.folder / "state.json"
+
+    @property
     def log_path(self) -> Path:
         return self.folder / "log.txt"
 
@@ -109,7 +111,8 @@ class Run:
 
     def state(self) -> RunState:
         """The recorded state, with a dead owner's run shown as *interrupted*."""
-        kept, state = _UNWRITTEN.get(self.folder), self._recorded()  # in this order: kept until it can be read
+        kept = _UNWRITTEN.get(self.folder)  # before the file: it is kept until that can be read
+        state = state_file.read(self.state_path)
         state.heartbeat = max(state.heartbeat, owner.last_beat(self.folder / HEARTBEAT))
         if kept is not None and state.status in ACTIVE and owner.is_this_process(state):
             state = kept
@@ -119,22 +122,8 @@ class Run:
             state.status = "stopping"
         return state
 
-    def _recorded(self) -> RunState:
-        """The state as it stands in the file; StoreError where it is damaged or of a later version."""
-        path = self.folder / "state.json"
-        raw = read_json(path)
-        known = {field.name for field in dataclasses.fields(RunState)}
-        require_known(path, raw.get("schema") if isinstance(raw, dict) else None, SCHEMA)
-        if not set(raw) <= known:
-            raise StoreError(f"{path} is damaged: {min(set(raw) - known)[:40]!r} is no part of it; restore the file")
-        state = RunState(**raw)
-        if state.status not in get_args(Status) or not all(isinstance(raw.get(n) or 0, int | float) for n in NUMBERS):
-            raise StoreError(f"{path} is damaged; restore or delete the run")
-        return state
-
     def write_state(self, state: RunState) -> None:
-        state.heartbeat, state.schema = time.time(), SCHEMA
-        write_json(self.folder / "state.json", dataclasses.asdict(state))
+        state_file.write(self.state_path, state)
         _UNWRITTEN.pop(self.folder, None)
 
     def beat(self) -> None:

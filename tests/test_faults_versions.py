@@ -12,7 +12,7 @@ import pytest
 import yaml
 from test_app import PAGES, open_page, said
 
-from prunedm import pipeline, store
+from prunedm import pipeline, state_file, store
 from prunedm.__main__ import main
 
 OLD = Path(__file__).with_name("old_runs.zip")
@@ -38,7 +38,7 @@ def states(runs):
 
 def test_older_runs_open_as_they_are(old, capsys):
     before = states(old)
-    assert all(json.loads(content)["schema"] < store.SCHEMA for content in before.values())
+    assert all(json.loads(content)["schema"] < state_file.SCHEMA for content in before.values())
     assert {run.id: run.state().status for run in store.all_runs(old)} == {
         DONE: "done", FIRST: "stopped", SECOND: "stopped",
     }  # fmt: skip
@@ -63,7 +63,7 @@ def test_an_older_stopped_run_goes_on_to_its_end(old):
     begun = [record for record in run.metrics() if record["stage"] == "finetune"]
     run.take()
     assert pipeline.execute(run) == "done", run.state().error
-    assert run.state().schema == store.SCHEMA and set(run.evaluation()) == {"dense", "structured", "nm"}
+    assert run.state().schema == state_file.SCHEMA and set(run.evaluation()) == {"dense", "structured", "nm"}
     assert run.metrics()[: len(begun)] == begun, "what it had done stays done"
 
 
@@ -86,11 +86,13 @@ def newer(runs, micro):
     for each in (run, beside):
         each.end(each.state(), "stopped", None)
     raw = json.loads((run.folder / "state.json").read_text())
-    store.write_json(run.folder / "state.json", raw | {"schema": store.SCHEMA + 1, "colour": "blue"})
+    store.write_json(run.folder / "state.json", raw | {"schema": state_file.SCHEMA + 1, "colour": "blue"})
     return run
 
 
-REFUSAL = f"is of version {store.SCHEMA + 1} and this prunedm reads up to {store.SCHEMA}; update prunedm to open it"
+REFUSAL = (
+    f"is of version {state_file.SCHEMA + 1} and this prunedm reads up to {state_file.SCHEMA}; update prunedm to open it"
+)
 
 
 @pytest.mark.parametrize("command", ["resume", "pause", "continue", "stop", "report"])

@@ -17,7 +17,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from streamlit.testing.v1 import AppTest
 
-from app import lab, sweep_views, sweeps
+from app import lab, sweep_charts, sweeps
 from prunedm import store, sweep, sweep_spec, sweep_worker
 from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
@@ -394,10 +394,10 @@ def test_figures_hold_the_trials(runs):
     ranges = RANGES | {"train.lr": {"low": 1e-4, "high": 1e-2, "log": True}, "mask.lr": {"low": 0.1, "high": 1}}
     swept(runs, ranges=ranges, trials=14, name="wide")
     seen = sweeps.look("wide")
-    drawn = sweep_views.pareto(seen, ["validation_loss", "bytes"])
+    drawn = sweep_charts.pareto(seen, ["validation_loss", "bytes"])
     assert sum(len(trace["x"]) for trace in drawn["data"]) == 14
     assert drawn["data"][1]["x"] == sorted(drawn["data"][1]["x"]) and len(drawn["data"][1]["x"]) == len(seen.front)
-    axes = {axis["label"]: axis for axis in sweep_views.parallel(seen)["data"][0]["dimensions"]}
+    axes = {axis["label"]: axis for axis in sweep_charts.parallel(seen)["data"][0]["dimensions"]}
     assert set(axes) == {"target", "method", "train.lr", "mask.lr", "validation loss", "bytes"}
     assert all(len(axis["values"]) == 14 for axis in axes.values())
     assert set(axes["method"]["ticktext"]) == {"gumbel", "magnitude"}
