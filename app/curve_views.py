@@ -54,13 +54,13 @@ def training(run: Run, every: float | None) -> None:
         return
 
     def follow(name: str) -> None:
-        live_plot.follow(f"curve-{name}", functools.partial(_now, run, name, axis, look), every)
+        live_plot.follow(f"curve-{name}", functools.partial(_figure_now, run, name, axis, look), every)
 
     follow("loss")
     two_a_row([name for name in TRAINING if name in steps.names], follow)
 
 
-def _now(run: Run, name: str, axis: str, look: charts.Look) -> tuple[charts.Figure, str]:
+def _figure_now(run: Run, name: str, axis: str, look: charts.Look) -> tuple[charts.Figure, str]:
     """A figure of a run as it is now, and what it shows in words."""
     steps = lab.steps(run)
     minutes = running_minutes(run, steps) if axis == TIME else None
@@ -77,14 +77,14 @@ def settling(run: Run, every: float | None) -> None:
     names, look = lab.steps(run).names, charts.Look(smoothing=st.session_state.get("curve_smoothing", charts.SMOOTHING))
 
     def follow(name: str) -> None:
-        live_plot.follow(f"curve-{name}", functools.partial(_now, run, name, STEPS, look), every)
+        live_plot.follow(f"curve-{name}", functools.partial(_figure_now, run, name, STEPS, look), every)
 
     two_a_row([name for name in SETTLING if name in names], follow)
     if "tracker.0" in names:
-        live_plot.follow("curve-tracker-bins", functools.partial(_tracker, run), every)
+        live_plot.follow("curve-tracker-bins", functools.partial(_tracker_now, run), every)
 
 
-def _tracker(run: Run) -> tuple[charts.Figure, str]:
+def _tracker_now(run: Run) -> tuple[charts.Figure, str]:
     timesteps = next((e["timesteps"] for e in lab.events(run, "baseline")), 1000)
     figure = charts.tracker_by_bin(lab.steps(run), timesteps, run.id)
     return figure, "Loss tracker of each timestep bin over the mask steps"

@@ -136,13 +136,16 @@ def answer(request: Request) -> Response:
 ROUTES = [Route("/live/{name}", answer)]
 
 
-def line(key: str, look: Callable[[], dict[str, str]], every: float) -> None:
-    """HTML that stays fresh. ``look`` gives the ``html``, its foreign text escaped, and a ``turn``: when that is
-    another one, the page (or the fragment that the line stands in) is drawn again."""
+def line(key: str, content: dict[str, str], look: Callable[[], dict[str, str]], every: float) -> None:
+    """HTML that stays fresh: ``content`` for now, and what ``look`` gives later.
+
+    Both hold the ``html``, its foreign text escaped, and a ``turn``: when that is another one, the page (or the
+    fragment that the line stands in) is drawn again. The content is that of what the page draws, no later one: a change
+    between the two would never be drawn.
+    """
     component = st.components.v2.component(
         "prunedm_live_line", html="<div class='live'></div>", js=LINE, isolate_styles=False
     )
-    content = look()
     data = {"content": content, "part": offer(key, look, every, content)}
     component(key=key, data=data, on_turn_change=lambda: None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import html
 import re
 import zipfile
@@ -17,7 +16,6 @@ from PIL import Image
 from app import lab, live
 from prunedm import logs, pictures
 from prunedm.records import STAGE_LABELS
-from prunedm.store import Run
 
 STATES = {  # icon and colour; the word always stands beside them
     "queued": ("○", "gray"),
@@ -96,13 +94,12 @@ def progress_html(card: lab.Card, *more: str) -> str:
     return bar_html(min(1.0, state.step / state.of) if state.of else 0.0, text, *more)
 
 
-def progress(run: Run) -> None:
+def progress(card: lab.Card) -> None:
     """How far an active run is, kept fresh; another state of it draws the page again."""
-    live.line(f"progress {run.id}", functools.partial(_progress_now, run), EVERY_PROGRESS)
+    live.line(f"progress {card.run.id}", _progress(card), lambda: _progress(lab.card(card.run)), EVERY_PROGRESS)
 
 
-def _progress_now(run: Run) -> dict[str, str]:
-    card = lab.card(run)
+def _progress(card: lab.Card) -> dict[str, str]:
     if card.problem:
         return {"html": html.escape(card.problem), "turn": card.status}
     return {"html": progress_html(card), "turn": card.status}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shlex
 from collections.abc import Callable
 
@@ -38,9 +37,8 @@ def progress_html(seen: Seen) -> str:
     return parts.bar_html(min(1.0, done["finished"] / done["of"]), text)
 
 
-def progress_now(name: str) -> dict[str, str]:
+def progress(seen: Seen) -> dict[str, str]:
     """The progress line of a sweep; what is below it is drawn anew when a trial's state or a figure changes."""
-    seen = sweeps.look(name)
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in seen.rows]
     return {"html": progress_html(seen), "turn": repr((seen.status, len(seen.lines), rows))}
 
@@ -52,7 +50,7 @@ def header(seen: Seen) -> None:
         parts.state_chip(seen.status)
     with bar:
         if seen.live:
-            live.line("sweep", functools.partial(progress_now, seen.name), EVERY)
+            live.line("sweep", progress(seen), lambda: progress(sweeps.look(seen.name)), EVERY)
         else:
             st.html(progress_html(seen))
     with actions, parts.said():
@@ -74,7 +72,7 @@ def at_work(seen: Seen) -> None:
         card = lab.card(Run(lab.runs_dir() / row["run"]))
         with st.container(horizontal=True, vertical_alignment="center"):
             if card.state is not None:
-                parts.progress(card.run) if card.active else st.html(parts.progress_html(card))
+                parts.progress(card) if card.active else st.html(parts.progress_html(card))
             else:
                 st.caption("Its run cannot be read.")
             link(row["run"], f"Trial {row['number']} in Monitor")

@@ -83,22 +83,22 @@ def tab(run: Run, every: float | None) -> None:
         st.caption("CPU, memory and GPU appear here a few seconds after the run starts.")
         return
 
-    def follow(name: str, chart: Callable[[Trace], tuple[Figure, str]]) -> None:
-        live_plot.follow(f"system-{name}", lambda: chart(Trace.of(run)), every)
+    def follow(name: str, chart: Callable[[Timeline], tuple[Figure, str]]) -> None:
+        live_plot.follow(f"system-{name}", lambda: chart(Timeline.of(run)), every)
 
     left, right = st.columns(2)
     with left:
         follow("cpu", cpu)
     with right:
         follow("memory", memory)
-    gpu_charts(Trace.of(run), follow)
+    gpu_charts(Timeline.of(run), follow)
     st.caption(
         "Every two seconds; in long runs the past is thinned. This run is the process that works on it: in the lab, "
         "the server with its pages too. The time between a stop and Resume is left out."
     )
 
 
-def gpu_charts(seen: Trace, follow: Callable[[str, Callable[[Trace], tuple[Figure, str]]], None]) -> None:
+def gpu_charts(seen: Timeline, follow: Callable[[str, Callable[[Timeline], tuple[Figure, str]]], None]) -> None:
     names = gpu_names(seen.samples)
     if not names:
         st.caption(NO_GPU)
@@ -124,7 +124,7 @@ def gpu_names(shown: list[dict[str, Any]]) -> dict[int, str]:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Timeline:
     """A run's samples, thinned to what a chart shows, and the minutes since the start of each."""
 
     run_id: str
@@ -132,14 +132,14 @@ class Trace:
     minutes: list[float]
 
     @classmethod
-    def of(cls, run: Run) -> Trace:
+    def of(cls, run: Run) -> Timeline:
         found = samples(run)
         shown = system.spaced(found, (found[-1]["time"] - found[0]["time"]) / POINTS) if len(found) > POINTS else found
         starts = [event["time"] for event in lab.events(run, "started")]
         return cls(run.id, shown, charts.running_minutes([record["time"] for record in shown], starts))
 
 
-def cpu(seen: Trace) -> tuple[Figure, str]:
+def cpu(seen: Timeline) -> tuple[Figure, str]:
     """Shares of all cores, this run and the whole machine; and the end of them in words."""
     run = [round(r["cpu"] / r["cores"], 1) for r in seen.samples]
     machine = [r["machine_cpu"] for r in seen.samples]
@@ -150,7 +150,7 @@ def cpu(seen: Trace) -> tuple[Figure, str]:
     return {"data": traces, "layout": found}, said
 
 
-def memory(seen: Trace) -> tuple[Figure, str]:
+def memory(seen: Timeline) -> tuple[Figure, str]:
     """GiB: what this run holds, what the machine has in use, and what there is; and the end of the first in words."""
     series = (("this run", "memory"), ("whole machine", "machine_memory"), ("installed", "machine_memory_total"))
     traces = [
@@ -162,7 +162,7 @@ def memory(seen: Trace) -> tuple[Figure, str]:
     return {"data": traces, "layout": layout("memory, GiB", f"{seen.run_id}/memory")}, said
 
 
-def gpu(seen: Trace, key: str) -> tuple[Figure, str]:
+def gpu(seen: Timeline, key: str) -> tuple[Figure, str]:
     """One figure of every GPU; where it was not told the line has a gap."""
     title, unit, divisor, upper = GPU_FIGURES[key]
     names = gpu_names(seen.samples)

@@ -10,7 +10,7 @@ from prunedm import bundled, recipe
 from prunedm.records import RESUMABLE
 
 RECENT, SUGGESTED = 8, 3
-EVERY_COUNT, EVERY_MACHINE = 2.0, 2.0  # seconds
+EVERY = 2.0  # seconds between two looks at the number of runs and at the machine
 
 
 def welcome() -> None:
@@ -47,7 +47,7 @@ def run_line(card: lab.Card) -> None:
         return
     with figures:
         if card.active:
-            parts.progress(card.run)
+            parts.progress(card)
         else:
             error = f" · {parts.plain(card.state.error)}" if card.state.error else ""
             st.caption(parts.duration(card.state.seconds) + error)
@@ -67,16 +67,15 @@ def runs() -> None:
     st.subheader("Runs")
     cards = shown_cards()
     if any(card.active for card in cards):
-        live.line("runs", count, EVERY_COUNT)
+        live.line("runs", count(cards), lambda: count(shown_cards()), EVERY)
     if not cards:
         st.caption("No runs yet: the demo is a good first one.")
     for card in cards:
         run_line(card)
 
 
-def count() -> dict[str, str]:
+def count(cards: list[lab.Card]) -> dict[str, str]:
     """How many runs there are in each active state; the page turns when a run comes, goes or changes its state."""
-    cards = shown_cards()
     found = Counter(card.status for card in cards if card.active)
     words = " · ".join(f"{number} {status}" for status, number in found.items())
     return {"html": f"<small>{words}</small>", "turn": repr([(card.run.id, card.status) for card in cards])}
@@ -135,7 +134,7 @@ def machine() -> None:
     st.subheader("This machine")
     is_live = any(c.active for c in lab.cards())
 
-    @st.fragment(run_every=pace.every(EVERY_MACHINE, pace.tab()) if is_live else None)
+    @st.fragment(run_every=pace.every(EVERY, pace.tab()) if is_live else None)
     def show() -> None:
         for column, (label, value, help_) in zip(st.columns(4), system_views.machine_now()):
             column.metric(label, value, help=help_, border=True)

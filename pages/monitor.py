@@ -22,9 +22,9 @@ def header(card: lab.Card) -> None:
         parts.state_chip(card.status)
     with bar:
         if is_live:
-            live.line("progress", functools.partial(progress, card.run), parts.EVERY_PROGRESS)
+            live.line("progress", progress(card), lambda: progress(lab.card(card.run)), parts.EVERY_PROGRESS)
         else:
-            st.html(progress(card.run)["html"])
+            st.html(progress(card)["html"])
     with actions, parts.said():
         show_actions(card)
     for alert in alerts:
@@ -32,12 +32,12 @@ def header(card: lab.Card) -> None:
         st.warning(f"**{what.capitalize()}** at step {alert['step']}: {text}. What to do: {remedy}.", icon="⚠️")
 
 
-def progress(run: Run) -> dict[str, str]:
+def progress(card: lab.Card) -> dict[str, str]:
     """The line under the state. The page turns with the state, with what was asked of the run, and with what there is
     to draw: events, samples, snapshots of the masks, and figures that are recorded for the first time."""
-    card = lab.card(run)
     if card.problem:
         return {"html": "", "turn": card.problem}
+    run = card.run
     running = "" if card.status == "done" else f" · {parts.duration(card.state.seconds)} of running"
     stages = f"{len(card.state.stages_done)} of {len(STAGE_LABELS)} stages done{running}"
     files = (len(run.samples()), len(run.mask_snapshots()))

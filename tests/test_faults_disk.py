@@ -7,7 +7,7 @@ from apptest import wait_for
 from full_disk import MIB, FailingWriter, SmallDisk
 from test_pipeline import assert_same
 
-from prunedm import failure, files, jobs, pipeline, progress, stages, store
+from prunedm import failure, files, jobs, pipeline, progress, stages, state_file, store
 from prunedm.__main__ import main
 from prunedm.jobs import Jobs
 from prunedm.jsonl import read_jsonl
@@ -108,14 +108,14 @@ def test_an_ending_that_is_written_while_the_file_is_read_is_not_missed(tmp_path
     disk.fill()
     run.end(run.state(), "failed", CAUSE)
     disk.free()
-    read = store.Run._recorded
+    read = state_file.read
 
-    def written_just_after(one):
-        found = read(one)
+    def written_just_after(path):
+        found = read(path)
         assert store.write_endings()
         return found
 
-    monkeypatch.setattr(store.Run, "_recorded", written_just_after)
+    monkeypatch.setattr(state_file, "read", written_just_after)
     assert (run.state().status, run.state().error) == ("failed", CAUSE)
 
 

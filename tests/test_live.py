@@ -8,7 +8,7 @@ from apptest import components, live_lines, open_page, said
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from app import live, pace
+from app import live, pace, parts
 from prunedm import store
 from prunedm.recipe import Recipe
 
@@ -120,18 +120,35 @@ def test_the_monitor_turns_with_its_run(run, happens):
     assert turn(open_page("monitor", run=run.id)) != before
 
 
+@pytest.mark.parametrize("page", ["monitor", "home"])
+def test_what_happens_while_a_page_is_drawn_turns_it_once_more(run, monkeypatch, page):
+    """The turn that a page was drawn with is that of what it shows, and no later one."""
+    chip = parts.state_chip
+
+    def ended_meanwhile(status):
+        chip(status)
+        run.end(run.state(), "done", None)
+
+    app = open_page(page)
+    before = [line["turn"] for line in live_lines(app)]
+    monkeypatch.setattr(parts, "state_chip", ended_meanwhile)
+    assert [line["turn"] for line in live_lines(app.run())] == before and run.state().status == "done"
+
+
 def test_further_steps_change_the_line_and_the_charts_and_do_not_turn_the_page(run, browser):
     run.append("metrics.jsonl", [RECORD])
     app = open_page("monitor", run=run.id)
     (line,) = live_lines(app)
-    parts = {name: data["part"] for name, data in components(app)}
+    offers = {name: data["part"] for name, data in components(app)}
     state = run.state()
     state.stage, state.step, state.of = "finetune", 2, 10
     run.claim(state, "running")
     run.append("metrics.jsonl", [RECORD | {"step": 2, "loss": 0.25}])
-    now = browser.get("/" + parts["prunedm_live_line"]["path"]).json()
+    now = browser.get("/" + offers["prunedm_live_line"]["path"]).json()
     assert "2 of 10" in now["html"] and "2 of 10" not in line["html"] and now["turn"] == line["turn"]
-    chart = browser.get("/" + parts["prunedm_live_plot"]["path"], params={"seen": parts["prunedm_live_plot"]["digest"]})
+    chart = browser.get(
+        "/" + offers["prunedm_live_plot"]["path"], params={"seen": offers["prunedm_live_plot"]["digest"]}
+    )
     assert chart.status_code == 200 and len(json.loads(chart.json()["figure"])["data"][0]["x"]) == 2
 
 

@@ -215,7 +215,7 @@ def test_figures_show_shares_gibibytes_and_gaps():
     gpu = {"index": 0, "name": "<b>H200</b>", "utilisation": None, "memory": 12 * GIB, "memory_total": 140 * GIB}
     gpu |= {"temperature": 54, "power": None}
     shown = [sample(2.0), sample(4.0, gpus=[gpu]), sample(6.0)]
-    seen = system_views.Trace("v", shown, [0.0, 0.1, 0.2])
+    seen = system_views.Timeline("v", shown, [0.0, 0.1, 0.2])
     figure, said = system_views.cpu(seen)
     run, machine = figure["data"]
     assert run["y"] == [75.0] * 3 and machine["y"] == [90.0] * 3 and "90 % of the machine's" in said
