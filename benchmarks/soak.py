@@ -172,7 +172,7 @@ class Session:
     def _see(self, element: Any) -> None:
         if element.HasField("exception"):
             raise RuntimeError(f"the page failed: {element.exception.type}: {element.exception.message}")
-        if element.HasField("bidi_component"):
+        if element.HasField("bidi_component") and element.bidi_component.json:
             data = json.loads(element.bidi_component.json)
             self._turn = data.get("content", {}).get("turn", self._turn)
             if part := data.get("part"):

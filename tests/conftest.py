@@ -76,11 +76,13 @@ def configured() -> None:
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """An empty runs folder of a lab of its own, without the background import (all is imported here)."""
-    from app import lab
+    """An empty runs folder of a lab of its own that nobody watches, without the background import (all is imported
+    here)."""
+    from app import lab, pace
     from prunedm.jobs import Jobs
 
     monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
+    monkeypatch.setattr(pace, "_watchers", {})
     monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
     yield tmp_path
     lab._jobs.clear()

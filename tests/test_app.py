@@ -517,7 +517,6 @@ def test_another_number_of_tabs_changes_the_pace_of_an_open_page(runs, monkeypat
     run = store.create(runs, Recipe())
     run.claim(run.state(), "running")
     monkeypatch.setattr(pace.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(pace, "_watchers", {})
     asked = []
     monkeypatch.setattr("streamlit.fragment", noted(asked))
     app = open_page("monitor", run=run.id, tab="Log")

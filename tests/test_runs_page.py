@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
-from app import lab, run_actions, run_table
+from app import lab, pace, run_actions, run_table
 from prunedm import recipe as recipes
 from prunedm import shelf, store
 from prunedm.shelf import Notes
@@ -414,6 +414,7 @@ def test_nothing_is_polled_when_nothing_runs(runs, monkeypatch):
         return fragment(*args, run_every=run_every, **kwargs)
 
     fake(runs, "one")
+    monkeypatch.setattr(pace.os, "cpu_count", lambda: 64)  # where one tab takes nothing from the training
     app = open_page()
     monkeypatch.setattr(streamlit, "fragment", spy)
     app.run()
