@@ -77,7 +77,7 @@ class Session:
     def __init__(self, url: str, run_id: str) -> None:
         address = url.replace("http", "ws", 1) + "/_stcore/stream"
         self._connection = connect(address, origin=url, subprotocols=["streamlit"], max_size=None)
-        self._http = HTTPConnection(urlsplit(url).netloc, timeout=PATIENCE)
+        self._host = urlsplit(url).netloc
         self._digests: dict[str, str] = {}  # of live parts, as they were seen last
         self._first = run_id
         self._known: set[str] = set()  # messages that the server need not send again
@@ -92,7 +92,6 @@ class Session:
         return self
 
     def __exit__(self, *given: Any) -> None:
-        self._http.close()
         self._connection.__exit__(*given)
 
     def show(self, run_id: str, press: str = "") -> None:
@@ -115,9 +114,15 @@ class Session:
 
     def _look(self, path: str) -> None:
         """Ask for a live part. The whole page again where it asks for that."""
-        self._http.request("GET", f"/{path}?seen={self._digests[path]}")
-        answer = self._http.getresponse()
-        body = answer.read()
+        # A new connection each time: one that rested for the server's five seconds may close as it is used, which a
+        # browser meets by asking again.
+        connection = HTTPConnection(self._host, timeout=PATIENCE)
+        try:
+            connection.request("GET", f"/{path}?seen={self._digests[path]}")
+            answer = connection.getresponse()
+            body = answer.read()
+        finally:
+            connection.close()
         if answer.status == 404:
             self.show(self._first)
             return
