@@ -50,8 +50,9 @@ from prunedm.store import Run  # noqa: E402
 
 PAGES = ("home", "launch", "sweep", "monitor", "runs", "compare", "models", "system")
 TURNS, RERUNS = 3, 12  # visits of each page, and reruns at each
-TABS, ROUNDS = (0, 1, 5), 4
-SETTLE, WINDOW = 24.0, 12.0  # seconds before a window counts (a closed tab counts for 20 s more), and of it
+TABS, ROUNDS = (0, 1, 5), 10
+SETTLE = 24.0  # seconds until tabs have found their pace
+START, WINDOW, RECORDED = 3.0, 12.0, 1.5  # seconds before a window counts, of it, and until its last step is on disk
 RUNS, STEPS, OPENINGS = 200, 100_000, 5
 UPDATES, OPEN = 1000, 5  # of live charts in all, over so many tabs
 ENDLESS = "prune.finetune_steps=100000"
@@ -242,10 +243,10 @@ def server_process() -> psutil.Process:
     return found
 
 
-def rate(run: Run, seconds: float, wait: Callable[[float], None]) -> float:
+def rate(run: Run, seconds: float, wait: Callable[[float], None] = time.sleep) -> float:
     """Training steps a second over the next so many seconds, by the times that the run records."""
     begin = time.time()
-    wait(seconds + 1.5)  # records are written once a second
+    wait(seconds + RECORDED)
     times = [r["time"] for r in run.metrics() if begin <= r["time"] <= begin + seconds]
     return (len(times) - 1) / (times[-1] - times[0])
 
@@ -265,42 +266,60 @@ def newest(runs: Path) -> Run | None:
 
 
 def tabs() -> None:
-    """In turns: the same recipe without a server (which is held still meanwhile), and in the server with open tabs."""
+    """The same recipe with open tabs and without a server, in turns: what is not measured stands still."""
     with_server, without = folder(), folder()
     waiting = store.create(with_server, endless())
     waiting.end(waiting.state(), "stopped", None)
-    found: dict[str, list[float]] = {"headless": [], **{str(count): [] for count in TABS}}
-    load: dict[str, list[float]] = {str(count): [] for count in TABS}
-    log = with_server / "server.log"
-    with browser.server(with_server, log) as url, headless(without) as alone, browser.chromium() as page:
-        wait = lambda seconds: page.wait_for_timeout(seconds * 1000)  # noqa: E731
-        wait_for_steps(lambda: newest(without), wait)
+    with browser.server(with_server, with_server / "server.log") as url, headless(without) as alone:
+        wait_for_steps(lambda: newest(without), time.sleep)
         alone.send_signal(signal.SIGSTOP)
-        page.goto(f"{url}/monitor?run={waiting.id}")
-        page.get_by_role("button", name="Resume").click()
-        wait_for_steps(lambda: waiting, wait)
-        server, chromium = server_process(), [page, *(page.context.new_page() for _ in range(max(TABS) - 1))]
-        for number in range(ROUNDS):
-            for kind in found if number % 2 else reversed(found):
-                show(chromium, int(kind) if kind != "headless" else 0, f"{url}/monitor?run={waiting.id}")
-                still, moving = (server, alone) if kind == "headless" else (alone, server)
-                still.send_signal(signal.SIGSTOP)
-                moving.send_signal(signal.SIGCONT)
-                wait(SETTLE)
-                before = browser_seconds()
-                run = newest(without) if kind == "headless" else waiting
-                found[kind].append(rate(run, WINDOW, wait))
-                if kind != "headless":
-                    load[kind].append((browser_seconds() - before) / (WINDOW + 1.5))
-                server.send_signal(signal.SIGCONT)
-        alone.send_signal(signal.SIGCONT)
-    for count in TABS:
-        ratios = [a / b for a, b in zip(found[str(count)], found["headless"])]
-        of_closed = statistics.median(a / b for a, b in zip(found[str(count)], found["0"]))
-        rates = ", ".join(f"{a:.2f}/{b:.2f}" for a, b in zip(found[str(count)], found["headless"]))
-        more = f"of the lab without a tab {of_closed:.2f}; {rates}; chromium {statistics.median(load[str(count)]):.0%}"
-        limit = {0: None, 1: 0.95, 5: 0.9}[count]
-        tell(f"training rate with {count} tabs of headless", statistics.median(ratios), "", limit, True, more)
+        with browser.chromium() as page:
+            page.goto(f"{url}/monitor?run={waiting.id}")
+            page.get_by_role("button", name="Resume").click()
+            wait_for_steps(lambda: waiting, lambda seconds: page.wait_for_timeout(seconds * 1000))
+            pages = [page, *(page.context.new_page() for _ in range(max(TABS) - 1))]
+            for count in TABS:
+                show(pages, count, f"{url}/monitor?run={waiting.id}")
+                page.wait_for_timeout(SETTLE * 1000)
+                compare_rates(count, waiting, newest(without), [server_process(), *browser_processes()], alone)
+
+
+def compare_rates(
+    count: int, beside_lab: Run, by_itself: Run, lab: list[psutil.Process], alone: psutil.Process
+) -> None:
+    """Tell the rate beside the lab as a share of the mean of the headless windows just before and after."""
+    watched, headless_rates, load = [], [window(by_itself, [alone], lab)], []
+    for _ in range(ROUNDS):
+        before = browser_seconds()
+        watched.append(window(beside_lab, lab, [alone]))
+        load.append((browser_seconds() - before) / (START + WINDOW + RECORDED))
+        headless_rates.append(window(by_itself, [alone], lab))
+    send(lab, signal.SIGCONT)
+    ratios = [2 * rate / (a + b) for rate, a, b in zip(watched, headless_rates, headless_rates[1:])]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    more = (
+        f"quartiles {low:.3f} to {high:.3f} of {ROUNDS}; {statistics.median(watched):.2f} of "
+        f"{statistics.median(headless_rates):.2f} steps/s; chromium {statistics.median(load):.0%} of a core"
+    )
+    limit = {0: None, 1: 0.95, 5: 0.9}[count]
+    tell(f"training rate with {count} tabs of headless", middle, "", limit, True, more)
+
+
+def window(run: Run, moving: list[psutil.Process], still: list[psutil.Process]) -> float:
+    """The rate of a run whose processes move while the others are held still."""
+    send(still, signal.SIGSTOP)
+    send(moving, signal.SIGCONT)
+    time.sleep(START)
+    return rate(run, WINDOW)
+
+
+def send(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        process.send_signal(number)
+
+
+def browser_processes() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children(recursive=True) if "chrom" in process.name()]
 
 
 def show(pages: list, count: int, url: str) -> None:
