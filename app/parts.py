@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,21 @@ def write_url(parameter: str, key: str, value: str) -> None:
     else:
         st.query_params.pop(parameter, None)
     st.session_state[f"{key}.url"] = value
+
+
+def linked(parameter: str, key: str, options: dict[str, Any], first: Any, draw: Callable[[], Any]) -> Any:
+    """A widget in step with the address, which names its value by a key of ``options``, or not where it is ``first``.
+
+    draw: makes the widget with this key and without a default, which would be one too many beside the address.
+    """
+    wanted = st.query_params.get(parameter, "")
+    if wanted in options and wanted != st.session_state.get(f"{key}.url"):
+        st.session_state[key] = options[wanted]
+    elif st.session_state.get(key, first) not in options.values() or key not in st.session_state:
+        st.session_state[key] = first
+    value = draw()
+    write_url(parameter, key, "" if value == first else next(name for name, one in options.items() if one == value))
+    return value
 
 
 def choose_run(cards: list[lab.Card]) -> lab.Card:
