@@ -14,14 +14,13 @@ from pathlib import Path
 import browser
 import numpy as np
 import pytest
-from fake_runs import fake
+from fake_runs import other_states
 from PIL import Image
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from test_sweep_page import swept
 
-from prunedm import imports, pipeline, shelf, store
-from prunedm.shelf import Notes
+from prunedm import imports, pipeline, store
 from prunedm.store import Run
 
 pytestmark = [
@@ -165,9 +164,7 @@ def filled(place, micro, model_folder, page) -> dict[str, Run]:
         event.listen(Engine, "connect", without_flushes)
         swept(place, trials=TRIALS)
         event.remove(Engine, "connect", without_flushes)
-        for status in ("failed", "interrupted", "unreadable"):
-            fake(place, status, status, evaluated=False, notes=Notes(("a-tag",), "a note"))
-        shelf.delete(fake(place, "deleted"))
+        other_states(place)
         imports.from_path(model_folder, place)
         return engine_runs(place, micro)
 
