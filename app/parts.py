@@ -194,6 +194,33 @@ def choose_run(cards: list[lab.Card]) -> lab.Card:
     return by_id[chosen]
 
 
+# A tab that the address names may lie outside a narrow list: it is brought in once, so that whoever scrolls on stays.
+OPEN_TAB = """
+export default function () {
+  const look = (tries) => {
+    const tabs = document.querySelectorAll("[data-testid=stMain] [role=tab][aria-selected=true]");
+    if (!tabs.length && tries) setTimeout(look, 100, tries - 1);
+    for (const tab of tabs) {
+      const list = tab.closest("[role=tablist]");
+      if (list.openTab === tab.textContent) continue;
+      list.openTab = tab.textContent;
+      const own = tab.getBoundingClientRect(), seen = list.getBoundingClientRect();
+      if (own.left < seen.left || own.right > seen.right)
+        list.scrollLeft += own.left + own.width / 2 - seen.left - seen.width / 2;
+    }
+  };
+  look(20);
+}
+"""
+
+
+def show_open_tab() -> None:
+    """Stands below tabs that an address may open: the open one is seen in a narrow window too."""
+    st.components.v2.component("prunedm_open_tab", html="<div></div>", js=OPEN_TAB, isolate_styles=False)(
+        key="open-tab"
+    )
+
+
 def step_slider(label: str, options: list, key: str, format_func=str):
     """A slider over a growing list that moves with its end, unless the user has gone back."""
     if len(options) == 1:
