@@ -326,6 +326,18 @@ def test_the_tab_that_a_link_opens_is_in_sight_at_390_px(page, url, filled):
         page.wait_for_function(TAB_IN_SIGHT)
 
 
+@pytest.mark.timeout(300)
+def test_a_heatmap_of_layers_has_half_of_a_narrow_window(page, url, filled):
+    look(page, "light", NARROW)
+    load(page, f"{url}/monitor?run={filled['done'].id}&tab=Masks")
+    page.locator("[aria-label*='by layer, at'] .heatmaplayer image").wait_for(state="attached")
+    share = page.evaluate("""() => {
+      const plot = document.querySelector("[aria-label*='by layer, at']");
+      return plot.querySelector(".heatmaplayer image").getBoundingClientRect().width / plot.clientWidth;
+    }""")
+    assert share > 0.5
+
+
 @pytest.mark.timeout(420)
 def test_the_keyboard_is_enough(page, url, filled):
     load(page, url)
