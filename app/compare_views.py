@@ -7,13 +7,13 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import compare_choice, curve_views, lab, model_files, parts
+from app import compare_choice, curve_views, lab, model_files, pace, parts
 from app.compare_choice import Known, name, short_names
 from app.judgements import Task, judgements
 from prunedm import charts, comparison, figures, model_charts
 from prunedm.comparison import Judged
 
-EVERY_CURVES = 2.0  # seconds
+EVERY_PROGRESS, EVERY_CURVES = 1.0, 2.0  # seconds
 MORE = "compare_more"  # runs whose curves are shown beside those of the models
 
 
@@ -64,7 +64,7 @@ def sizes(keys: list[str], known: Known) -> None:
 def progress(task: Task, doing: str = "Judging") -> None:
     """A bar that follows the task, and the whole page again when it has ended."""
 
-    @st.fragment(run_every=1.0)
+    @st.fragment(run_every=pace.every(EVERY_PROGRESS, pace.tab()))
     def follow() -> None:
         if task.future.done():
             st.rerun()
@@ -87,7 +87,9 @@ def curves(keys: list[str], known: Known) -> None:
         st.caption("These models are of no run, so that there is no training to show. Choose runs above.")
         return
 
-    @st.fragment(run_every=EVERY_CURVES if any(others[run_id].active for run_id in more) else None)
+    is_live = any(others[run_id].active for run_id in more)
+
+    @st.fragment(run_every=pace.every(EVERY_CURVES, pace.tab()) if is_live else None)
     def show() -> None:
         with parts.said():
             curve_views.side_by_side(compare_choice.without_times(runs))
@@ -130,6 +132,16 @@ def pareto(keys: list[str], found: dict[str, Judged]) -> None:
         for column, plot in zip(st.columns(2), plots[left : left + 2]):
             with column:
                 _pareto_plot(plot, [places[id(one)] for one in plot.judged], found, groups)
+    front_links([places[id(one)] for plot in plots for one, on in zip(plot.judged, plot.on_front) if on], found)
+
+
+def front_links(keys: list[str], found: dict[str, Judged]) -> None:
+    """The runs of models that are on a front, to be reached without a mouse."""
+    runs = dict.fromkeys(found[key].run.id for key in keys if found[key].run is not None)
+    if runs:
+        st.markdown("**Runs with a model on a front**")
+    for run in runs:
+        st.page_link(lab.page("monitor"), label=f"Open {parts.plain(run)} in Monitor", query_params={"run": run})
 
 
 def _group(key: str, found: dict[str, Judged]) -> str:

@@ -26,19 +26,30 @@ STEPS, TIME = "Steps", "Time"
 def controls() -> tuple[str, charts.Look]:
     """How curves are looked at, alike on Monitor and Compare: over what, and smoothed how, on which scale."""
     over, smoothing, log = st.columns([2, 3, 2], vertical_alignment="center")
-    axis = over.segmented_control(
-        "Over", (STEPS, TIME), default=STEPS, required=True, key="curve_axis", persist_state="session"
-    )
-    weight = smoothing.slider(
-        "Smoothing",
-        0.0,
-        0.99,
-        charts.SMOOTHING,
-        help="weight of the past in the moving average; 0 shows the figures as recorded",
-        key="curve_smoothing",
-        persist_state="session",
-    )
-    is_log = log.toggle("Logarithmic loss", key="log_loss", persist_state="session")
+
+    def slider() -> float:
+        weight = smoothing.slider(
+            "Smoothing",
+            0.0,
+            0.99,
+            help="weight of the past in the moving average; 0 shows the figures as recorded",
+            key="curve_smoothing",
+            persist_state="session",
+        )
+        return round(weight, 2)
+
+    axis = parts.linked(
+        "over", "curve_axis", {one.lower(): one for one in (STEPS, TIME)}, STEPS,
+        lambda: over.segmented_control(
+            "Over", (STEPS, TIME), required=True, key="curve_axis", persist_state="session"
+        ),
+    )  # fmt: skip
+    weights = {f"{i / 100:g}": i / 100 for i in range(100)}
+    weight = parts.linked("smoothing", "curve_smoothing", weights, charts.SMOOTHING, slider)
+    is_log = parts.linked(
+        "log", "log_loss", {"yes": True, "no": False}, False,
+        lambda: log.toggle("Logarithmic loss", key="log_loss", persist_state="session"),
+    )  # fmt: skip
     return axis, charts.Look(is_log, weight)
 
 
@@ -130,15 +141,24 @@ def side_by_side(runs: dict[str, Run]) -> None:
 def choose_figure(there: list[str], stages: list[str]) -> tuple[str, str | None]:
     """A figure, and one stage or None for all of them."""
     left, right = st.columns(2)
-    key = left.selectbox("Figure", there, format_func=charts.LABELS.get, key="compare_figure", persist_state="session")
-    stage = right.selectbox(
-        "Stage",
-        [None, *dict.fromkeys(stages)],
-        format_func=lambda one: STAGE_LABELS.get(one, one) if one else "all stages",
-        key="compare_stage",
-        persist_state="session",
-        help="one stage alone begins at zero in every run, whatever came before it",
-    )
+    key = parts.linked(
+        "figure", "compare_figure", {one: one for one in there}, there[0],
+        lambda: left.selectbox(
+            "Figure", there, format_func=charts.LABELS.get, key="compare_figure", persist_state="session"
+        ),
+    )  # fmt: skip
+    known = {"all": None} | {one: one for one in stages}
+    stage = parts.linked(
+        "stage", "compare_stage", known, None,
+        lambda: right.selectbox(
+            "Stage",
+            list(known.values()),
+            format_func=lambda one: STAGE_LABELS.get(one, one) if one else "all stages",
+            key="compare_stage",
+            persist_state="session",
+            help="one stage alone begins at zero in every run, whatever came before it",
+        ),
+    )  # fmt: skip
     return key, stage
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import exports, layer_views, parts
+from app import exports, layer_views, pace, parts
 from app.exports import Source, Task
 
 FORMATS = {
@@ -17,6 +17,7 @@ FORMATS = {
     "semi-structured": "for torch's 2:4 kernels: needs a CUDA GPU",
 }
 EXTRAS = {".json": "Record", ".sh": "Script"}  # what lies beside an export
+EVERY = 1.0  # seconds between two looks at exports at work
 VERIFIED = "models.verified"  # the export whose layers are shown
 
 
@@ -36,7 +37,7 @@ def export(source: Source) -> None:
     st.caption(f"{kind}: {FORMATS[kind]}.")
     busy = exports.exports().busy(source.folder)
 
-    @st.fragment(run_every=1.0 if busy else None)
+    @st.fragment(run_every=pace.every(EVERY, pace.tab()) if busy else None)
     def listing() -> None:
         if busy and not exports.exports().busy(source.folder):
             st.rerun()

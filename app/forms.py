@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from app import parts
 from prunedm import recipe as recipes
@@ -158,8 +159,11 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)  # JSON is YAML
 
 
-def fields(wrong: dict[str, str] | None = None, sources: dict[str, str] | None = None) -> dict[str, Any]:
-    """Draw all widgets; returns the document that they hold, not yet validated.
+def fields(
+    wrong: dict[str, str] | None = None, sources: dict[str, str] | None = None
+) -> tuple[dict[str, Any], DeltaGenerator]:
+    """Draw all widgets; returns the document that they hold, not yet validated, and a place at the end of Data: what is
+    seen of it is drawn last, so that the form does not wait for images.
 
     ``wrong``: faults by field, shown below their widgets. ``sources``: models to choose from, with their labels.
     """
@@ -181,7 +185,9 @@ def fields(wrong: dict[str, str] | None = None, sources: dict[str, str] | None =
             document[section] = _pairs(section, shown, wrong, sources)
             if folded:
                 document[section] |= _fold(section, {name: model.model_fields[name] for name in folded}, wrong)
-    return document
+            if section == "data":
+                place = st.container()
+    return document, place
 
 
 def _fold(section: str, hidden: dict[str, Any], wrong: dict[str, str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import streamlit as st
 from PIL import Image
 
-from app import forms, lab, parts
+from app import forms, lab, pace, parts
 from app.run_table import size_words
 from prunedm import forecast, imports
 from prunedm import recipe as recipes
@@ -22,6 +22,7 @@ LARGEST_RECIPE = 100 * 1024
 SHOWN, LOADED = 16, 24  # images; some that are loaded may be unreadable
 MOST_READ = 24  # finished runs whose step records are read
 MOST_OFFERED = 50
+EVERY_QUEUE = 2.0  # seconds between two looks at the queue
 FROM_FILE, FROM_RUN, NOTE = "launch.file", "launch.from", "launch.note"
 MONITOR = lab.page("monitor")
 
@@ -271,7 +272,7 @@ def queue(cards: list[lab.Card]) -> None:
         return
     st.subheader("Queue")
 
-    @st.fragment(run_every=2.0)
+    @st.fragment(run_every=pace.every(EVERY_QUEUE, pace.tab()))
     def listing() -> None:
         active = [card for card in lab.cards() if card.active]
         if not active:

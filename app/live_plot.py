@@ -49,6 +49,15 @@ const remember = (node, layout) => {
     views.set(node.view, zoomed);
   });
 };
+// In a narrow column a scale of colours lies above the chart: beside it, it would take the room of what it explains.
+const fit = ({ data, layout }, width) => {
+  const scales = data.filter((trace) => trace.colorbar);
+  if (width >= 560 || scales.length !== 1) return { data, layout };
+  Object.assign(scales[0].colorbar,
+    { orientation: "h", x: 0.5, xanchor: "center", y: 1, yanchor: "bottom", len: 1, thickness: 10, nticks: 4 });
+  layout.margin = { ...layout.margin, l: 10, r: 20, t: (layout.margin?.t ?? 40) + 50 };
+  return { data, layout };
+};
 const draw = async (node, data, layout) => {
   const Plotly = await ready();
   recall(layout);
@@ -67,7 +76,7 @@ export default async function ({ data, parentElement, setTriggerValue }) {
   // it is; one in a tab that is not shown has no size yet.
   const redraw = () => {
     node.due = !node.clientWidth || (node.dataset.updates && (document.hidden || node.outOfSight));
-    const figure = JSON.parse(node.figure);
+    const figure = fit(JSON.parse(node.figure), node.clientWidth);
     return node.due ? undefined : draw(node, figure.data, figure.layout);
   };
   const show = ({ figure, alt }) => {

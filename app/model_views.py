@@ -6,12 +6,12 @@ import streamlit as st
 
 from app import exports, lab, model_files, parts
 from app.run_table import size_words
-from prunedm import import_zip, imports
+from prunedm import import_hub, import_zip, imports
 from prunedm.imports import Imported
 from prunedm.jobs import load_engine
 from prunedm.untrusted import MIB
 
-PICKED, FILE, NAME, PATH = "models.imported", "models.zip", "models.name", "models.path"
+PICKED, FILE, NAME, PATH, HUB = "models.imported", "models.zip", "models.name", "models.path", "models.hub"
 NOTE, NEW = "models.note", "models.new"  # said, and shown, once
 
 
@@ -87,17 +87,19 @@ def said_before() -> None:
 
 
 def bring_in() -> None:
-    """The two ways in: a zip, or a folder on this machine."""
+    """The three ways in: a zip, a folder on this machine, or a hub id."""
     with st.expander("Import a model"):
         st.caption(
             "A UNet2DModel that works on pixels, as diffusers' save_pretrained writes it: config.json and safetensors, "
             "with or without its scheduler. Pickled weights are refused: they can run code."
         )
-        zipped, folder = st.tabs(["Zip file", "Folder on this machine"])
+        zipped, folder, hub = st.tabs(["Zip file", "Folder on this machine", "Hub id"])
         with zipped:
             from_zip()
         with folder:
             from_path()
+        with hub:
+            from_hub()
 
 
 def from_zip() -> None:
@@ -118,6 +120,21 @@ def from_path() -> None:
         with parts.said(), st.spinner("Checking the model…"):
             load_engine()
             finish(imports.from_path(path.strip(), lab.runs_dir()).name)
+
+
+def from_hub() -> None:
+    hub_id = st.text_input(
+        "Hub id",
+        key=HUB,
+        placeholder="google/ddpm-cifar10-32",
+        help="owner/name on the Hugging Face hub; this machine needs a network. Configs and safetensors are fetched.",
+    ).strip()
+    if st.button("Import from the hub", disabled=not hub_id):
+        with parts.said(), st.spinner("Fetching and checking the model…"):
+            load_engine()
+            place = lab.runs_dir()
+            into = imports.target(place, imports.suggest(place, import_hub.check_id(hub_id).partition("/")[2]))
+            finish(import_hub.from_hub(hub_id, into).name)
 
 
 def finish(name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,21 @@ def write_url(parameter: str, key: str, value: str) -> None:
     st.session_state[f"{key}.url"] = value
 
 
+def linked(parameter: str, key: str, options: dict[str, Any], first: Any, draw: Callable[[], Any]) -> Any:
+    """A widget in step with the address, which names its value by a key of ``options``, or not where it is ``first``.
+
+    draw: makes the widget with this key and without a default, which would be one too many beside the address.
+    """
+    wanted = st.query_params.get(parameter, "")
+    if wanted in options and wanted != st.session_state.get(f"{key}.url"):
+        st.session_state[key] = options[wanted]
+    elif st.session_state.get(key, first) not in options.values() or key not in st.session_state:
+        st.session_state[key] = first
+    value = draw()
+    write_url(parameter, key, "" if value == first else next(name for name, one in options.items() if one == value))
+    return value
+
+
 def choose_run(cards: list[lab.Card]) -> lab.Card:
     """The run to look at, in step with ``?run=`` and remembered between pages."""
     by_id = {c.run.id: c for c in cards}
@@ -177,6 +192,33 @@ def choose_run(cards: list[lab.Card]) -> lab.Card:
     write_url("run", key, chosen)
     st.session_state["run_shown"] = chosen
     return by_id[chosen]
+
+
+# A tab that the address names may lie outside a narrow list: it is brought in once, so that whoever scrolls on stays.
+OPEN_TAB = """
+export default function () {
+  const look = (tries) => {
+    const tabs = document.querySelectorAll("[data-testid=stMain] [role=tab][aria-selected=true]");
+    if (!tabs.length && tries) setTimeout(look, 100, tries - 1);
+    for (const tab of tabs) {
+      const list = tab.closest("[role=tablist]");
+      if (list.openTab === tab.textContent) continue;
+      list.openTab = tab.textContent;
+      const own = tab.getBoundingClientRect(), seen = list.getBoundingClientRect();
+      if (own.left < seen.left || own.right > seen.right)
+        list.scrollLeft += own.left + own.width / 2 - seen.left - seen.width / 2;
+    }
+  };
+  look(20);
+}
+"""
+
+
+def show_open_tab() -> None:
+    """Stands below tabs that an address may open: the open one is seen in a narrow window too."""
+    st.components.v2.component("prunedm_open_tab", html="<div></div>", js=OPEN_TAB, isolate_styles=False)(
+        key="open-tab"
+    )
 
 
 def step_slider(label: str, options: list, key: str, format_func=str):

@@ -131,3 +131,4 @@ if picked:
         if tab.open:  # the others are drawn when they are asked for
             with tab, parts.said():
                 SECTIONS[name](picked, everything, shown)
+    parts.show_open_tab()

@@ -24,13 +24,16 @@ def current(cards: list[lab.Card]) -> Recipe | None:
             recipes.build(document)
         except RecipeError as error:
             st.error(parts.plain(error))
-    drawn = forms.fields(wrong, launch_views.sources(cards))
+    drawn, beside_data = forms.fields(wrong, launch_views.sources(cards))
     try:
-        return recipes.build(drawn)
+        recipe = recipes.build(drawn)
     except RecipeError as error:
         if not wrong:
             st.error(parts.plain(error))
         return None
+    with beside_data:
+        launch_views.data_images(recipe)
+    return recipe
 
 
 def relevant(recipe: Recipe) -> Recipe:
@@ -91,8 +94,6 @@ all_cards = lab.cards()
 presets()
 launch_views.origins(all_cards)
 chosen = current(all_cards)
-if chosen is not None:
-    launch_views.data_images(chosen)
 if chosen is not None and prediction(chosen, all_cards):
     if st.button("Start", type="primary", icon="▶️", shortcut="Ctrl+Enter"):
         with parts.said():

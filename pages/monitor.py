@@ -170,6 +170,7 @@ def tabs(run: Run) -> None:
             with place:
                 following = [EVERY if is_live else None] if tab.follows else []
                 section(functools.partial(tab.draw, run, *following), tab.every)
+    parts.show_open_tab()
     st.session_state["monitor_tab"] = st.session_state["tab"]
 
 

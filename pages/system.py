@@ -133,7 +133,7 @@ def about() -> None:
     )
     st.markdown(
         "The lab runs on this machine. It reaches for the network only when a recipe names a model or images of a hub, "
-        "or an extractor whose weights are not here."
+        "a model is imported from there, or an extractor's weights are not here."
     )
     st.markdown("It builds on: " + ", ".join(f"{name} ({paper})" for name, paper in glossary.PAPERS.items()) + ".")
     st.markdown("The same figures on the command line, and with `--bundle` the support bundle:")

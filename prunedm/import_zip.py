@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import stat
 import struct
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
 from typing import IO
 
-from .imports import NAME, ModelImportError, forget_exports, require_model
+from .imports import NAME, ModelImportError, put
 from .untrusted import LARGEST_TEXT, MIB, one_line
 
 LARGEST_ZIP, LARGEST_UNPACKED = 200 * MIB, 1024 * MIB
@@ -152,26 +150,12 @@ def _check_name(name: str, info: zipfile.ZipInfo) -> None:
 
 def _moved(archive: zipfile.ZipFile, wanted: dict[str, zipfile.ZipInfo], into: Path) -> Path:
     """Unpack beside, check, move."""
-    try:
-        into.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(info.file_size for info in wanted.values()), shutil.disk_usage(into.parent).free
-        if needed > free:
-            raise ModelImportError(f"the model needs {needed / MIB:,.0f} MiB and {free / MIB:,.0f} are free; free some")
-        part = Path(tempfile.mkdtemp(prefix=".part-", dir=into.parent))
-    except OSError as error:
-        raise ModelImportError(f"{into.parent} cannot be written ({one_line(error)}); free its disk") from error
-    try:
+
+    def unpack(folder: Path) -> None:
         for name, info in wanted.items():
-            _unpack(archive, info, part / "model" / name)
-        (part / "model").mkdir(exist_ok=True)
-        require_model(part / "model")
-        forget_exports(into.parent.parent, into.name)
-        (part / "model").rename(into)
-    except OSError as error:
-        raise ModelImportError(f"the model cannot be unpacked ({one_line(error)}); free the disk") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return into
+            _unpack(archive, info, folder / name)
+
+    return put(into, sum(info.file_size for info in wanted.values()), unpack, "of the zip")
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Other people's models in the lab: a copy (import_zip.py), or a folder by its path. Imports torch late.
+"""Other people's models in the lab: a copy (import_zip.py, import_hub.py), or a folder by its path. Imports torch
+late.
 
 Copies lie in ``runs/models/<name>/``. Folders by path are a list, kept in ``runs/models/paths.json``, and are never
 touched: what is exported of an imported model lies in ``runs/models/.exports/<name>/``, for both kinds.
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 from . import store
 from .model_check import ModelError, check_config, shapes
 from .records import ACTIVE
-from .untrusted import one_line, read_json
+from .untrusted import MIB, one_line, read_json
 
 MODELS, PATHS, EXPORTS = "models", "paths.json", ".exports"  # the last is no NAME, so no model can be called so
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}")
@@ -205,13 +207,39 @@ def _image_shape(config: dict[str, Any]) -> tuple[int, int, int]:
     return channels, *sides
 
 
-def require_model(folder: Path) -> None:
-    """ModelImportError or unet.ModelError unless the engine loads this folder; sizes are bounded before it tries."""
+def put(into: Path, needed: int, write: Callable[[Path], None], called: str) -> Path:
+    """A copy at ``into`` (:func:`target`): written beside it, loaded by the engine, moved; of a failure nothing stays.
+
+    needed: bytes; write: fills a folder that it is given; called: the model's origin, in messages.
+    """
+    try:
+        into.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(into.parent).free
+        if needed > free:
+            raise ModelImportError(f"the model needs {needed / MIB:,.0f} MiB and {free / MIB:,.0f} are free; free some")
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=into.parent))
+    except OSError as error:
+        raise ModelImportError(f"{into.parent} cannot be written ({one_line(error)}); free its disk") from error
+    try:
+        model = part / "model"
+        model.mkdir()
+        write(model)
+        require_model(model, called)
+        forget_exports(into.parent.parent, into.name)
+        model.rename(into)
+    except OSError as error:
+        raise ModelImportError(f"the model cannot be written ({one_line(error)}); free the disk") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return into
+
+
+def require_model(folder: Path, called: str | None = None) -> None:
+    """ModelImportError unless the engine loads this folder; sizes are bounded before it tries."""
     from . import unet
 
     try:
         look(folder)
         unet.load(str(folder))
     except unet.ModelError as error:
-        text = str(error).replace(str(folder), "of the zip" if folder.parent.name.startswith(".part-") else str(folder))
-        raise ModelImportError(text) from error
+        raise ModelImportError(str(error).replace(str(folder), called or str(folder))) from error

@@ -65,6 +65,13 @@ def fake(
     return run
 
 
+def other_states(runs_dir: Path) -> None:
+    """A run in each state that needs a hand, with a tag and a note, and one in the trash."""
+    for status in ("failed", "interrupted", "unreadable"):
+        fake(runs_dir, status, status, evaluated=False, notes=Notes(("a-tag",), "a note"))
+    shelf.delete(fake(runs_dir, "deleted"))
+
+
 def curve(steps: dict[str, int]) -> Iterator[dict[str, Any]]:
     """Step records of each stage: a falling, wavy loss."""
     for stage, count in steps.items():

@@ -526,6 +526,16 @@ def test_another_number_of_tabs_changes_the_pace_of_an_open_page(runs, monkeypat
     assert not app.exception and asked[-1] > alone
 
 
+def test_what_polls_while_a_job_works_goes_at_the_tabs_pace():
+    """Only what waits for a look at the machine or a connection, not training, asks at an interval of its own."""
+    asked = {}
+    for path in [*(ROOT / "app").glob("*.py"), *(ROOT / "pages").glob("*.py")]:
+        for interval in re.findall(r"run_every=(.*)\)\n", path.read_text()):
+            if not interval.startswith(("pace.every(", "paced")):
+                asked[path.name] = interval
+    assert asked == dict.fromkeys(("system.py", "executor_views.py"), "1.0 if waiting else None")
+
+
 def noted(asked):
     """st.fragment that tells what it is asked for."""
 

@@ -4,7 +4,6 @@ alone, and without a request to another machine.
 One server: on an empty runs folder at first, and then on one with a run in each state, a sweep and an imported model.
 """
 
-import io
 import os
 import re
 import shutil
@@ -12,16 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import browser
-import numpy as np
 import pytest
-from fake_runs import fake
-from PIL import Image
+from by_keys import BY_KEYS, PATIENCE, act, arrive, press, rest, tab_to
+from fake_runs import other_states
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from test_sweep_page import swept
 
-from prunedm import imports, pipeline, shelf, store
-from prunedm.shelf import Notes
+from prunedm import imports, pipeline, store
 from prunedm.store import Run
 
 pytestmark = [
@@ -31,7 +28,6 @@ pytestmark = [
 ]
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-PATIENCE = 60_000  # milliseconds that a page may take on a loaded machine
 TRIALS = 10  # the fewest that importances need
 
 # Streamlit's own markup that neither CSS nor options reach: rule and the element that it is within.
@@ -92,26 +88,11 @@ CUT = """() => {
   }
   return found;
 }"""
-# The script rests, and every chart in sight is drawn, at the page's width.
-AT_REST = """() => {
-  const shown = (selector) => [...document.querySelectorAll(selector)].filter((e) => e.checkVisibility());
-  return document.querySelector("[data-testid=stApp][data-test-script-state=notRunning]")
-    && !shown("[data-testid=stSkeleton], [data-testid=stSpinner]").length
-    && shown(".live-plot, .picture, [data-testid=stPlotlyChart]").every((plot) => {
-      const drawn = plot.querySelector(".main-svg");
-      return drawn && drawn.getBoundingClientRect().width <= plot.clientWidth + 1;
-    });
+TAB_IN_SIGHT = """() => {
+  const { left, right } = document.querySelector("[role=tab][aria-selected=true]").getBoundingClientRect();
+  return left >= 0 && right <= innerWidth;
 }"""
 AT_ONCE = "* { transition-property: opacity !important; animation: none !important; }"  # no colour half-way to another
-FOCUSED = """() => {
-  let at = document.activeElement;
-  while (at.shadowRoot?.activeElement) at = at.shadowRoot.activeElement;
-  window.focused = at;
-  const place = at.closest("[data-testid=stSidebarNav]") ? "navigation " : "";
-  const role = at.getAttribute("role") ?? { A: "link", BUTTON: "button", INPUT: at.type }[at.tagName] ?? at.tagName;
-  const { x, y, width, height } = at.getBoundingClientRect();
-  return [`${place}${role} ${at.ariaLabel ?? at.textContent.trim()}`, { x, y, width, height }];
-}"""
 
 
 # --- the lab -------------------------------------------------------------------------------------------
@@ -150,7 +131,8 @@ def load(page, url: str) -> None:
 def nothing_from_outside(page) -> Iterator[None]:
     """No request leaves the machine, and no error is said on the console."""
     yield
-    errors, requested = page.errors[:], page.requested[:]
+    errors = [one for one in page.errors if not browser.OWN_404.search(one)]
+    requested = page.requested[:]
     page.errors.clear()
     page.requested.clear()
     outside = [url for url in requested if not re.match(r"(data|blob):|(http|ws)://127\.0\.0\.1:", url)]
@@ -165,9 +147,7 @@ def filled(place, micro, model_folder, page) -> dict[str, Run]:
         event.listen(Engine, "connect", without_flushes)
         swept(place, trials=TRIALS)
         event.remove(Engine, "connect", without_flushes)
-        for status in ("failed", "interrupted", "unreadable"):
-            fake(place, status, status, evaluated=False, notes=Notes(("a-tag",), "a note"))
-        shelf.delete(fake(place, "deleted"))
+        other_states(place)
         imports.from_path(model_folder, place)
         return engine_runs(place, micro)
 
@@ -190,26 +170,11 @@ def engine_runs(place: Path, micro) -> dict[str, Run]:
 
 
 # --- small steps ---------------------------------------------------------------------------------------
-def rest(page) -> None:
-    page.wait_for_function(AT_REST, timeout=PATIENCE)
-
-
-def act(page) -> None:
-    """Wait for what a click sets off: its message to the server leaves a moment later."""
-    page.wait_for_timeout(150)
-    rest(page)
-
-
 def go(page, name: str) -> None:
     """To a page by its link, in the light theme at 1280 px."""
     look(page, "light", WIDE)
     page.get_by_test_id("stSidebarNav").get_by_role("link", name=name, exact=True).click()
     arrive(page, name)
-
-
-def arrive(page, name: str) -> None:
-    page.wait_for_function("name => document.title.startsWith(name)", arg=name)
-    rest(page)
 
 
 def tabs(page, *names: str) -> Iterator[str]:
@@ -352,100 +317,34 @@ def test_page(page, filled, name):
 
 
 # --- by keyboard ---------------------------------------------------------------------------------------
-def tab_to(page, name: str) -> None:
-    """Press Tab until the focus is on what bears this role and name; where it is must show."""
-    for _ in range(250):
-        page.keyboard.press("Tab")
-        found, box = page.evaluate(FOCUSED)
-        if re.search(name, found):
-            assert focus_shows(page, box), f"the focus on {found} is not seen"
-            return
-    pytest.fail(f"Tab does not reach {name}")
-
-
-def focus_shows(page, box: dict[str, float]) -> bool:
-    """Whether the element and what is around it look otherwise than without the focus."""
-    left, top = max(0, box["x"] - 8), max(0, box["y"] - 8)
-    clip = {"x": left, "y": top, "width": box["width"] + 16, "height": box["height"] + 16}
-    with_focus = pixels(page, clip)
-    page.evaluate("focused.blur()")
-    without = pixels(page, clip)
-    page.evaluate("focused.focus()")
-    return int((np.abs(with_focus - without).max(axis=-1) > 40).sum()) >= 60
-
-
-def pixels(page, clip: dict[str, float]) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"), dtype=int)
-
-
-def press(page, *keys: str) -> None:
-    for key in keys:
-        page.keyboard.press(key)
+@pytest.mark.timeout(300)
+def test_the_tab_that_a_link_opens_is_in_sight_at_390_px(page, url, filled):
+    look(page, "light", NARROW)
+    for address, name in ((f"monitor?run={filled['done'].id}&tab=System", "System"), ("compare?view=Report", "Report")):
+        load(page, f"{url}/{address}")
+        page.get_by_role("tab", name=name, selected=True).wait_for()
+        page.wait_for_function(TAB_IN_SIGHT)
 
 
 @pytest.mark.timeout(300)
+def test_a_heatmap_of_layers_has_half_of_a_narrow_window(page, url, filled):
+    look(page, "light", NARROW)
+    load(page, f"{url}/monitor?run={filled['done'].id}&tab=Masks")
+    page.locator("[aria-label*='by layer, at'] .heatmaplayer image").wait_for(state="attached")
+    share = page.evaluate("""() => {
+      const plot = document.querySelector("[aria-label*='by layer, at']");
+      return plot.querySelector(".heatmaplayer image").getBoundingClientRect().width / plot.clientWidth;
+    }""")
+    assert share > 0.5
+
+
+@pytest.mark.timeout(420)
 def test_the_keyboard_is_enough(page, url, filled):
     load(page, url)
     look(page, "light", WIDE)
     tab_to(page, "^button .*Run the demo$")
-    for name in ("Monitor", "Compare", "Runs"):
+    for name in ("Monitor", "Compare", "Runs", "Launch"):
         tab_to(page, f"^navigation link {name}$")
         press(page, "Enter")
         arrive(page, name)
         BY_KEYS[name](page, filled)
-
-
-def monitor_by_keys(page, filled: dict[str, Run]) -> None:
-    tab_to(page, "^combobox Run$")
-    for name in ("done", "live"):
-        pick_by_keys(page, filled[name].id)
-        page.wait_for_url(re.compile(f"run={filled[name].id}$"))
-        act(page)
-    opens_and_closes(page, "^button Stop", "Stop this run")
-    tab_to(page, "^tab Curves$")
-    press(page, "ArrowRight")
-    masks = page.get_by_role("tab", name="Masks", selected=True)
-    masks.wait_for()
-    assert masks.evaluate("tab => tab === document.activeElement")
-    page.get_by_role("combobox", name="Layer", exact=True).wait_for()
-
-
-def pick_by_keys(page, name: str) -> None:
-    """Open the list that has the focus, go to its top, and down to the option that begins so."""
-    press(page, "ArrowDown", *["ArrowUp"] * 40)
-    for _ in range(40):
-        option = page.evaluate("document.getElementById(focused.getAttribute('aria-activedescendant'))?.textContent")
-        if option and option.startswith(f"{name} "):
-            break
-        press(page, "ArrowDown")
-    press(page, "Enter")
-
-
-def compare_by_keys(page, filled: dict[str, Run]) -> None:
-    tab_to(page, "^range .* on the left, .* on the right")
-    cut = page.locator(".slide .over")
-    before = cut.get_attribute("style")
-    press(page, *["ArrowLeft"] * 5)
-    assert cut.get_attribute("style") != before
-
-
-def runs_by_keys(page, filled: dict[str, Run]) -> None:
-    tab_to(page, "^CANVAS ")
-    press(page, "ArrowDown", "Shift+Space")
-    page.get_by_role("button", name="Untick").wait_for()
-    rest(page)
-    opens_and_closes(page, "^button Delete", "Move to the trash")
-
-
-def opens_and_closes(page, name: str, within: str) -> None:
-    """What asks first opens by Enter and closes by Escape; the focus is then where it was."""
-    tab_to(page, name)
-    press(page, "Enter")
-    asks = page.get_by_role("button", name=within)
-    asks.wait_for()
-    press(page, "Escape")
-    asks.wait_for(state="hidden")
-    assert re.search(name, page.evaluate(FOCUSED)[0])
-
-
-BY_KEYS = {"Monitor": monitor_by_keys, "Compare": compare_by_keys, "Runs": runs_by_keys}

@@ -287,6 +287,33 @@ def test_curves_of_runs_lie_over_one_another_those_at_work_too(with_done, runs):
     assert again.multiselect(key="compare_more").value == [busy.id] and not again.warning
 
 
+CURVES = {"figure": "grad_norm", "stage": "mask", "over": "time", "smoothing": "0.35", "log": "yes"}
+CURVE_KEYS = ("compare_figure", "compare_stage", "curve_axis", "curve_smoothing", "log_loss")
+
+
+def looked_at(app) -> list:
+    """What the curves' widgets hold."""
+    return [app.session_state[key] for key in CURVE_KEYS]
+
+
+def test_the_address_names_how_curves_are_looked_at(with_done):
+    app = open_page("compare", view="Curves")
+    assert not set(CURVES) & set(app.query_params), "what is offered first is not named"
+    app.selectbox(key="compare_figure").set_value("grad_norm").run()
+    app.selectbox(key="compare_stage").set_value("mask").run()
+    app.segmented_control(key="curve_axis").set_value("Time").run()
+    app.slider(key="curve_smoothing").set_value(0.35).run()
+    sound(app.toggle(key="log_loss").set_value(True).run())
+    assert {key: app.query_params[key] for key in CURVES} == CURVES
+    again = open_page("compare", view="Curves", **CURVES)
+    assert looked_at(again) == looked_at(app) == ["grad_norm", "mask", "Time", 0.35, True]
+    assert not again.warning and not again.error
+    again.selectbox(key="compare_stage").set_value(None).run()
+    assert again.selectbox(key="compare_stage").value is None and "stage" not in again.query_params
+    wrong = open_page("compare", view="Curves", figure="<b>", stage="none", over="x", smoothing="nan", log="maybe")
+    assert looked_at(wrong) == looked_at(open_page("compare", view="Curves")) and not wrong.error
+
+
 def test_one_stage_alone_begins_at_zero_in_every_run(with_done):
     steps = lab.steps(with_done)
     kept, minutes = curve_views.part(with_done, steps, "mask", in_time=True)
@@ -294,6 +321,19 @@ def test_one_stage_alone_begins_at_zero_in_every_run(with_done):
     times = [record["time"] for record in with_done.metrics() if record["stage"] == "mask"]
     assert minutes == pytest.approx([(time - times[0]) / 60 for time in times], abs=1e-3)
     assert curve_views.part(with_done, steps, None, in_time=False) == (steps, None)
+
+
+# --- pareto ------------------------------------------------------------------------------------------
+def test_links_below_the_plots_lead_to_the_runs_on_a_front_alone(with_done, runs):
+    worse = store.Run(shutil.copytree(with_done.folder, runs / f"{with_done.id}-worse"))
+    figures = worse.evaluation()
+    numbers = ("parameters", "nonzero_parameters", "macs", "bytes", "validation_loss", "fid", "latency_ms")
+    doubled = {key: 2 * figures["nm"][key] for key in numbers if figures["nm"].get(key)}
+    store.write_json(worse.folder / "evaluation.json", figures | {"nm": figures["nm"] | doubled | {"sizes": {}}})
+    app = open_page("compare", view="Pareto", models=link(f"{with_done.id}/nm", f"{worse.id}/nm"))
+    assert not app.error and "Runs with a model on a front" in said(app) and app.get("plotly_chart")
+    found = [(one.proto.page, one.proto.query_string) for one in app.get("page_link")]
+    assert found == [("monitor", f"run={with_done.id}")]
 
 
 # --- figures -----------------------------------------------------------------------------------------

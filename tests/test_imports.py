@@ -20,7 +20,7 @@ ORDER = [  # a module may import those above it only
     "onnx_graph", "semi_structured", "verify", "subject", "sizes", "extractors", "metrics", "faithfulness", "samples",
     "quality", "environment", "support", "evaluate",
     "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_page",
-    "model_card", "inputs", "forecast", "imports", "import_zip", "mask_stage", "outline", "upkeep",
+    "model_card", "inputs", "forecast", "imports", "import_zip", "import_hub", "mask_stage", "outline", "upkeep",
     "plan_model", "calibration", "plan", "stages", "pipeline", "pretrain", "jobs", "cluster", "executors",
     "onnx_int8", "onnx_export", "export", "seed_sheets", "judging",
     "sweep_ranges", "sweep_spec", "sweep_trials", "sweep_sampler", "sweep", "sweep_watch", "sweep_worker",

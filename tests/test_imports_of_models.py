@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunedm import diffusion, import_zip, imports, model_check, store, unet, untrusted
+from prunedm import diffusion, import_hub, import_zip, imports, model_check, store, unet, untrusted
 from prunedm.imports import ModelImportError
 
 
@@ -64,6 +64,50 @@ def test_a_bare_unet_and_what_macos_adds_are_taken(parts, tmp_path):
     path = import_zip.from_zip(zipped(files | noise), imports.target(tmp_path, "bare"))
     assert sorted(p.name for p in path.iterdir()) == sorted(files)
     assert unet.load(str(path)).image_shape == (1, 8, 8)
+
+
+@pytest.fixture
+def hub(model_folder, tmp_path_factory, monkeypatch) -> Path:
+    """The folder that the hub gives for any id; of its weights only what was asked for."""
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("hub") / "snapshot")
+    (folder / "evil.py").write_text("boom(")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(unet, "download", lambda hub_id, patterns: asked.append(patterns) or folder)
+    monkeypatch.setattr(unet, "asked", asked, raising=False)
+    return folder
+
+
+def test_a_model_of_the_hub_is_copied_without_anything_else(hub, tmp_path):
+    path = import_hub.from_hub("someone/mine", imports.target(tmp_path, "mine"))
+    assert unet.load(str(path)).image_shape == (1, 8, 8) and not list(path.rglob("*.py"))
+    assert unet.asked == [["*.json"], unet.FETCHED]
+    assert [(one.name, one.is_copy) for one in imports.listing(tmp_path)] == [("mine", True)]
+
+
+def test_a_model_of_the_hub_that_is_not_supported_is_told_by_its_config_alone(hub, tmp_path):
+    config = hub / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(ModelImportError, match="model folder someone/mine holds a 'UNet2DConditionModel'"):
+        import_hub.from_hub("someone/mine", imports.target(tmp_path, "mine"))
+    assert unet.asked == [["*.json"]] and imports.listing(tmp_path) == []
+
+
+def test_a_hub_out_of_reach_is_said_in_one_line(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(source, allow_patterns):
+        raise LocalEntryNotFoundError("no network,\nnothing in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    for hub_id, why in (
+        ("someone/mine", "check the id and the network, or import a zip"),
+        ("../x", "no id of the hub"),
+    ):
+        with pytest.raises(ModelImportError, match=why) as error:
+            import_hub.from_hub(hub_id, imports.target(tmp_path, "mine"))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "models").exists()
 
 
 def test_the_loader_of_a_pruned_folder_is_never_unpacked(parts, tmp_path):

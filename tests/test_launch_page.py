@@ -148,6 +148,11 @@ def test_images_of_the_data_are_shown(runs, image_folder):
     assert "16 images of" in said(app)
 
 
+def test_images_of_the_data_stand_in_the_forms_data(runs):
+    order = [str(getattr(one, "label", None) or getattr(one, "value", "")) for one in open_page().main]
+    assert order.index("Data") < order.index("Images of the data") < order.index("Stage 1: structured pruning")
+
+
 def test_sixteen_images_are_those_of_the_data(image_folder):
     spec = recipes.Data(source=str(image_folder))
     name, arrays, _ = launch_views.sixteen(spec.model_dump_json(), (3, 8, 8), ())

@@ -342,6 +342,24 @@ def test_a_folder_is_added_by_path_and_a_missing_one_is_said(runs, theirs):
     assert imports.listing(runs) == []
 
 
+def test_a_model_is_imported_by_its_hub_id_and_a_missing_network_is_said(runs, theirs, monkeypatch):
+    app = open_page("models")
+
+    def offline(hub_id, patterns):
+        raise unet.ModelError("no network") from OSError()
+
+    monkeypatch.setattr(unet, "download", offline)
+    app.text_input(key="models.hub").set_value("someone/tiny-net").run()
+    click(app, "Import from the hub")
+    assert "the hub did not give someone/tiny-net (OSError); check the id and the network" in shown(app)
+    assert len(app.error) == 1 and imports.listing(runs) == []
+    monkeypatch.setattr(unet, "download", lambda hub_id, patterns: theirs)
+    click(app, "Import from the hub")
+    assert not app.error and "tiny-net is imported" in shown(app)
+    (one,) = imports.listing(runs)
+    assert one.path == runs / "models" / "tiny-net" and one.is_copy
+
+
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/model", "/no/such", "a\0b", "/", "/dev/null"])
 def test_a_path_that_is_no_model_is_said(runs, path):
     app = open_page("models")

@@ -1,4 +1,4 @@
-"""Runs the demo in the real lab and photographs each page.
+"""Runs the demo in the real lab, among other runs and beside a sweep, and photographs each page.
 
     make screenshots          # or: .venv/bin/python assets/build/screenshots.py [--runs DIR] [--only compare home ...]
 
@@ -18,10 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import browser  # noqa: E402
+from fake_runs import fake, other_states  # noqa: E402
 from PIL import Image  # noqa: E402
+from test_sweep_page import swept  # noqa: E402
 
 from prunedm import store  # noqa: E402
 from prunedm.records import ACTIVE  # noqa: E402
+from prunedm.shelf import Notes  # noqa: E402
 
 OUT = ROOT / ".build" / "screenshots"
 PAGES = ("launch", "sweep", "monitor", "runs", "compare", "models", "system")
@@ -32,9 +35,11 @@ TABS = {  # beside the first one of each page
     "monitor?tab": ("Masks", "Compliance", "Samples", "Log", "Recipe", "System"),
     "compare?view": ("Figures", "Pareto", "Latency", "Curves", "Recipes", "Report"),
 }
+OF_TWO_RUNS = ("compare-pareto", "compare-curves", "compare-recipes")  # pictures that say little of one
+TRIALS = 12
 
 
-def photograph(page, path: Path, tallest: int = 2600) -> None:
+def photograph(page, path: Path, tallest: int = 4600) -> None:
     """The whole page: as high as its content."""
     width = page.viewport_size["width"]
     page.wait_for_timeout(1500)
@@ -50,6 +55,14 @@ def to_asset(name: str) -> None:
     image = Image.open(OUT / f"{ASSETS[name]}.png").convert("RGB")
     image = image.crop((0, 0, image.width, min(TOP, image.height))).quantize(128, dither=Image.Dither.NONE)
     image.save(ROOT / "assets" / f"{name}.png", optimize=True)
+
+
+def fill(runs: Path) -> None:
+    """What a lab in use holds when the demo is run: a sweep, finished runs, and one in each other state."""
+    swept(runs, trials=TRIALS)
+    other_states(runs)
+    fake(runs, "three-of-four", keep=0.32, loss=0.0425, notes=Notes(("keep",), "gentler masks"), mask={"n": 3})
+    fake(runs, "reinforce", notes=Notes(("paper", "keep"), "as the paper has it"), mask={"method": "reinforce"})
 
 
 def demo(url: str, runs: Path) -> None:
@@ -69,11 +82,14 @@ def demo(url: str, runs: Path) -> None:
             page.wait_for_timeout(500)
 
 
-def each_page(url: str, suffix: str, only: list[str], **options) -> None:
+def each_page(url: str, suffix: str, runs: Path, only: list[str], **options) -> None:
+    evaluated = [run.id for run in store.all_runs(runs) if (run.folder / "evaluation.json").exists()]
     with browser.chromium(**options) as page:
         for name, address in addresses().items():
             if only and name not in only:
                 continue
+            if name in OF_TWO_RUNS:
+                address += f"&runs={','.join(evaluated[:2])}"
             page.goto(f"{url}/{address}")
             browser.settle(page, 60)
             photograph(page, OUT / f"{name}{suffix}.png")
@@ -98,10 +114,11 @@ def main() -> None:
     runs = given.runs or Path(tempfile.mkdtemp(prefix="prunedm-"))
     with browser.server(runs.resolve(), OUT / "server.log") as url:
         if given.runs is None:
+            fill(runs)
             demo(url, runs)
-        each_page(url, "", given.only)
-        each_page(url, "-dark", given.only, color_scheme="dark")
-        each_page(url, "-narrow", given.only, viewport={"width": 390, "height": 900})
+        each_page(url, "", runs, given.only)
+        each_page(url, "-dark", runs, given.only, color_scheme="dark")
+        each_page(url, "-narrow", runs, given.only, viewport={"width": 390, "height": 900})
     for name, picture in ASSETS.items():
         was_taken = given.runs is None if picture == LIVE else not given.only or picture in given.only
         if was_taken:

@@ -1,0 +1,181 @@
+"""The lab's pages worked by keyboard alone, and the small steps in a browser's page that this takes."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from prunedm import store
+from prunedm.records import ACTIVE
+from prunedm.store import Run
+
+PATIENCE = 60_000  # milliseconds that a page may take on a loaded machine
+# The script rests, and every chart in sight is drawn, at the page's width.
+AT_REST = """() => {
+  const shown = (selector) => [...document.querySelectorAll(selector)].filter((e) => e.checkVisibility());
+  return document.querySelector("[data-testid=stApp][data-test-script-state=notRunning]")
+    && !shown("[data-testid=stSkeleton], [data-testid=stSpinner]").length
+    && shown(".live-plot, .picture, [data-testid=stPlotlyChart]").every((plot) => {
+      const drawn = plot.querySelector(".main-svg");
+      return drawn && drawn.getBoundingClientRect().width <= plot.clientWidth + 1;
+    });
+}"""
+FOCUSED = """() => {
+  let at = document.activeElement;
+  while (at.shadowRoot?.activeElement) at = at.shadowRoot.activeElement;
+  window.focused = at;
+  const place = at.closest("[data-testid=stSidebarNav]") ? "navigation " : "";
+  const role = at.getAttribute("role") ?? { A: "link", BUTTON: "button", INPUT: at.type }[at.tagName] ?? at.tagName;
+  const { x, y, width, height } = at.getBoundingClientRect();
+  return [`${place}${role} ${at.ariaLabel ?? at.textContent.trim()}`, { x, y, width, height }];
+}"""
+
+
+def rest(page) -> None:
+    page.wait_for_function(AT_REST, timeout=PATIENCE)
+
+
+def act(page) -> None:
+    """Wait for what a click sets off: its message to the server leaves a moment later."""
+    page.wait_for_timeout(150)
+    rest(page)
+
+
+def arrive(page, name: str) -> None:
+    page.wait_for_function("name => document.title.startsWith(name)", arg=name)
+    rest(page)
+
+
+def tab_to(page, name: str) -> None:
+    """Press Tab until the focus is on what bears this role and name; where it is must show."""
+    for _ in range(250):
+        page.keyboard.press("Tab")
+        found, box = page.evaluate(FOCUSED)
+        if re.search(name, found):
+            assert focus_shows(page, box), f"the focus on {found} is not seen"
+            return
+    pytest.fail(f"Tab does not reach {name}")
+
+
+def focus_shows(page, box: dict[str, float]) -> bool:
+    """Whether the element and what is around it look otherwise than without the focus."""
+    left, top = max(0, box["x"] - 8), max(0, box["y"] - 8)
+    clip = {"x": left, "y": top, "width": box["width"] + 16, "height": box["height"] + 16}
+    with_focus = pixels(page, clip)
+    page.evaluate("focused.blur()")
+    without = pixels(page, clip)
+    page.evaluate("focused.focus()")
+    return int((np.abs(with_focus - without).max(axis=-1) > 40).sum()) >= 60
+
+
+def pixels(page, clip: dict[str, float]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"), dtype=int)
+
+
+def press(page, *keys: str) -> None:
+    for key in keys:
+        page.keyboard.press(key)
+
+
+def monitor_by_keys(page, filled: dict[str, Run]) -> None:
+    tab_to(page, "^combobox Run$")
+    for name in ("done", "live"):
+        pick_by_keys(page, filled[name].id)
+        page.wait_for_url(re.compile(f"run={filled[name].id}$"))
+        act(page)
+    opens_and_closes(page, "^button Stop", "Stop this run")
+    tab_to(page, "^tab Curves$")
+    press(page, "ArrowRight")
+    masks = page.get_by_role("tab", name="Masks", selected=True)
+    masks.wait_for()
+    assert masks.evaluate("tab => tab === document.activeElement")
+    page.get_by_role("combobox", name="Layer", exact=True).wait_for()
+
+
+def pick_by_keys(page, name: str) -> None:
+    """Open the list that has the focus, go to its top, and down to the option that begins so."""
+    press(page, "ArrowDown", *["ArrowUp"] * 40)
+    for _ in range(40):
+        option = page.evaluate("document.getElementById(focused.getAttribute('aria-activedescendant'))?.textContent")
+        if option and option.startswith(f"{name} "):
+            break
+        press(page, "ArrowDown")
+    press(page, "Enter")
+
+
+def compare_by_keys(page, filled: dict[str, Run]) -> None:
+    tab_to(page, "^range .* on the left, .* on the right")
+    cut = page.locator(".slide .over")
+    before = cut.get_attribute("style")
+    press(page, *["ArrowLeft"] * 5)
+    assert cut.get_attribute("style") != before
+
+
+def runs_by_keys(page, filled: dict[str, Run]) -> None:
+    tab_to(page, "^CANVAS ")
+    press(page, "ArrowDown", "Shift+Space")
+    page.get_by_role("button", name="Untick").wait_for()
+    rest(page)
+    opens_and_closes(page, "^button Delete", "Move to the trash")
+    before = ids(filled)
+    press(page, "Enter")
+    page.get_by_role("button", name="Move to the trash").wait_for()
+    tab_to(page, "^button Move to the trash$")
+    press(page, "Enter")
+    page.get_by_role("button", name="Undo").wait_for()
+    rest(page)
+    assert len(before - ids(filled)) == 1
+    tab_to(page, "^button Undo$")
+    press(page, "Enter")
+    page.get_by_role("button", name="Undo").wait_for(state="hidden")
+    rest(page)
+    assert ids(filled) == before
+
+
+def ids(filled: dict[str, Run]) -> set[str]:
+    return {run.id for run in store.all_runs(filled["done"].folder.parent)}
+
+
+TYPED = {  # fields of Launch from the top down, and what is typed into them
+    "text Name": "by-keys", "number Fine-tune steps": 5, "number Steps": 4, "number Recovery steps": 3,
+    "number Images": 8, "number Eta": 0.5,
+}  # fmt: skip
+
+
+def launch_by_keys(page, filled: dict[str, Run]) -> None:
+    """A run of one's own from the form; Monitor opens with it."""
+    before = ids(filled)
+    for field, value in TYPED.items():
+        tab_to(page, f"^{field}$")
+        press(page, "Control+A")
+        page.keyboard.type(str(value))
+    press(page, "Tab")
+    act(page)
+    press(page, "Control+Enter")
+    page.wait_for_url(re.compile(r"/monitor\?run="))
+    (new,) = ids(filled) - before
+    run = store.find(filled["done"].folder.parent, new)
+    run.request_stop()
+    recipe = run.recipe()
+    assert (recipe.name, recipe.prune.finetune_steps, recipe.eval.images, recipe.eval.eta) == ("by-keys", 5, 8, 0.5)
+    assert (recipe.mask.steps, recipe.mask.recover_steps) == (4, 3)
+    while run.state().status in ACTIVE:
+        page.wait_for_timeout(200)
+
+
+def opens_and_closes(page, name: str, within: str) -> None:
+    """What asks first opens by Enter and closes by Escape; the focus is then where it was."""
+    tab_to(page, name)
+    press(page, "Enter")
+    asks = page.get_by_role("button", name=within)
+    asks.wait_for()
+    press(page, "Escape")
+    asks.wait_for(state="hidden")
+    assert re.search(name, page.evaluate(FOCUSED)[0])
+
+
+BY_KEYS = {"Monitor": monitor_by_keys, "Compare": compare_by_keys, "Runs": runs_by_keys, "Launch": launch_by_keys}
