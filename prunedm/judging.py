@@ -205,13 +205,19 @@ def judge(found: list[Entry], request: Request, tell: Progress = lambda text, do
             if one is not None and id(one) not in results:
                 results[id(one)] = session.judged(one, results.get(id(one.dense)))
     listed = [results[id(entry)] for entry in found]
-    speeds = measure_speed(found, request, session.device, tell)
-    for entry, one in zip(found, listed):
-        one.figures |= speeds[entry.label]
+    timed = _with_dense(found)
+    speeds = measure_speed(timed, request, session.device, tell)
+    for entry in timed:
+        results[id(entry)].figures |= speeds[entry.label]
     for entry, one in zip(found, listed):
         one.dense = results[id(entry.dense)].figures if entry.dense is not None else None
     _into_runs(found, speeds, request)
     return listed
+
+
+def _with_dense(found: list[Entry]) -> list[Entry]:
+    """Each model once, and before it its dense one, listed or not: a ratio needs both timed in one session."""
+    return list({id(one): one for entry in found for one in (entry.dense, entry) if one is not None}.values())
 
 
 def _into_runs(found: list[Entry], speeds: dict[str, dict[str, Any]], request: Request) -> None:
@@ -323,7 +329,8 @@ def measure_speed(
     found: list[Entry], request: Request, device: torch.device, tell: Progress
 ) -> dict[str, dict[str, Any]]:
     """Label to the figures of speed of each model; all are timed in turn, unless this very set was timed before."""
-    ways, batches = request.ways or DEFAULT_WAYS[request.mode], BATCHES[request.mode]
+    asked, batches = request.ways or DEFAULT_WAYS[request.mode], BATCHES[request.mode]
+    ways = tuple(dict.fromkeys(("eager", *asked)))  # always plain calls too: the latency of this session is of them
     rounds = QUICK_ROUNDS if request.mode == "quick" else latency.ROUNDS
     labels = [entry.label for entry in found]
     where = (latency.device_name(device), socket.gethostname(), torch.__version__)

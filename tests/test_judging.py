@@ -10,7 +10,7 @@ from conftest import make_unet
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
-from prunedm import cache, comparison, judging, latency, pipeline, store
+from prunedm import cache, comparison, evaluate, judging, latency, pipeline, store
 from prunedm import unet as unets
 from prunedm.__main__ import main
 
@@ -203,6 +203,49 @@ def test_ways_of_running_are_timed_when_asked_for(runs, ids, capsys, own_cache):
         (way, batch) for way in ("eager", "onnxruntime", "channels_last") for batch in (1, 2)
     }
     assert all(row["call"]["median"] > 0 and row["threads"] for row in rows)
+
+
+def sessions(figures):
+    return {one["speed_session"] for one in figures}
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "compare"])
+def test_a_variant_is_timed_in_one_session_with_the_dense_model_that_it_is_set_beside(
+    runs, ids, capsys, own_cache, monkeypatch, verb
+):
+    seen = []
+    monkeypatch.setattr(judging, "_into_runs", lambda found, speeds, request: seen.append((found, speeds)))
+    before = store.find(runs, ids[0]).evaluation()
+    arguments = (verb, f"{ids[0]}/nm", "--runs-dir", runs, "--measure")
+    (one,) = judged(capsys, *arguments)
+    ((found, speeds),) = seen
+    assert [entry.variant for entry in found] == ["nm"] and len(speeds) == 2 and len(sessions(speeds.values())) == 1
+    dense = speeds[f"{ids[0]} dense"]
+    assert dense["speed_session"] == one["figures"]["speed_session"] != before["dense"]["speed_session"]
+    assert one["efficiency"]["latency"] == one["figures"]["latency_ms"] / dense["latency_ms"]
+    out = call(capsys, *arguments)[1]
+    assert "of dense n/a" not in out, "and its table too sets the two beside each other"
+
+
+def test_a_runs_latency_and_its_session_change_together(runs, ids, capsys, own_cache):
+    run = store.find(runs, ids[1])
+    before = run.evaluation()
+    try:
+        judged(capsys, "evaluate", run.id, "--ways", "onnxruntime", "--runs-dir", runs)
+        after = run.evaluation()
+        assert len(sessions(after.values())) == 1 and sessions(after.values()) != sessions(before.values())
+        for figures in after.values():
+            assert {row["way"] for row in figures["speed"]} == {"eager", "onnxruntime"}, "the plain calls stay"
+            plain = [row["call"] for row in figures["speed"] if (row["way"], row["batch"]) == ("eager", 2)]
+            assert [call["median"] for call in plain] == [figures["latency_ms"]] and figures["batch"] == 2
+    finally:
+        run.write_evaluation(before)
+
+
+def test_a_call_that_cannot_be_timed_leaves_no_older_latency():
+    gone = latency.Speed("a", "eager", 8, 3, 1, absent="too little memory")
+    found = evaluate.speed_figures([gone], "new")["a"]
+    assert ({"latency_ms": 5.0, "device": "cpu", "speed_session": "old"} | found)["latency_ms"] is None
 
 
 @pytest.mark.parametrize("suffix", ["html", "csv", "md"])
