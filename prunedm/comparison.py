@@ -191,7 +191,8 @@ def efficiency(one: Judged) -> dict[str, float | None]:
     """What was saved and what it cost, as ratios to the model's own dense one; None where either is absent.
 
     compression: dense fp16 bytes over packed fp16 bytes. macs, macs_sparse, latency: of dense (below 1 is a
-    saving). fid, validation_loss: of dense (above 1 is a loss); absent where the conditions differ.
+    saving). fid, validation_loss: of dense (above 1 is a loss); absent where the conditions differ, as the latency is
+    where :func:`timed_apart` says why.
     """
     dense = one.dense
     names = ("compression", "macs", "macs_sparse", "latency", "validation_loss", "fid")
@@ -202,7 +203,7 @@ def efficiency(one: Judged) -> dict[str, float | None]:
         "compression": _ratio(figure(dense, "sizes.dense_fp16"), one.get("sizes.packed_fp16")),
         "macs": _ratio(one.get("macs"), dense.get("macs")),
         "macs_sparse": _ratio(one.get("macs_sparse"), dense.get("macs")),
-        "latency": _ratio(one.get("latency_ms"), dense.get("latency_ms")) if _timed(one) == _timed(base) else None,
+        "latency": None if timed_apart(one) else _ratio(one.get("latency_ms"), dense.get("latency_ms")),
     }
     for axis in QUALITIES[::-1]:
         same = axis.conditions(one) == axis.conditions(base)
@@ -212,6 +213,20 @@ def efficiency(one: Judged) -> dict[str, float | None]:
 
 def _ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
+
+
+def timed_apart(one: Judged) -> str:
+    """Why the latencies of a model and its dense one have no ratio, in words; empty where nothing forbids one.
+
+    A machine drifts between two sessions. Earlier versions recorded no session, and timed a run's models in turn.
+    """
+    base = Judged("", one.dense or {})
+    if None in (one.get("latency_ms"), base.get("latency_ms")):
+        return ""
+    if _timed(one) != _timed(base):
+        return "timed under other conditions than the dense model"
+    same = one.get("speed_session") == base.get("speed_session")
+    return "" if same else "timed in another session than the dense model"
 
 
 def loss_change(one: Judged, draws: int = 2000) -> tuple[float, float, float] | None:

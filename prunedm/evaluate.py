@@ -110,12 +110,18 @@ def sparse_macs(net: nn.Module, patterns: dict[str, str]) -> int:
 
 
 # --- speed -------------------------------------------------------------------------------------
+CALL = ("latency_ms", "latency_ms_p10", "latency_ms_p90", "device", "dtype", "batch")  # of a plain call
+
+
 def speed_figures(rows: list[latency.Speed], session: str) -> dict[str, dict[str, Any]]:
-    """Variant to its rows, and to the plain figures of an eager call at the batch size nearest to latency.BATCH."""
+    """Variant to its rows, and to the plain figures of an eager call at the batch size nearest to latency.BATCH.
+
+    Where no such call could be timed the plain figures are None: those of another session must not stay beside it.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row.variant for row in rows):
         own = [row for row in rows if row.variant == name]
-        found[name] = {"speed": [row.as_dict() for row in own], "speed_session": session}
+        found[name] = {"speed": [row.as_dict() for row in own], "speed_session": session} | dict.fromkeys(CALL)
         calls = [row.call for row in own if row.way == "eager" and row.call is not None]
         if calls:
             call = min(calls, key=lambda c: abs(c.batch - latency.BATCH))

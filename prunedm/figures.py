@@ -229,6 +229,8 @@ def _change(one: Judged, row: Row, value: float) -> str:
     other = _value(base, row.of or row.key)
     if other is None or (row.key in ALIKE and ALIKE[row.key](one) != ALIKE[row.key](base)):
         return ""
+    if row.key == "latency_ms" and comparison.timed_apart(one):
+        return f" (of dense {ABSENT}: {comparison.timed_apart(one)})"
     if row.change == "difference":
         return f" ({row.form.replace(':', ':+').format(value - other)})"
     return f" ({value / other - 1:+.1%})" if other else ""
@@ -332,8 +334,10 @@ def efficiency_rows(judged: Sequence[Judged]) -> list[list[str]]:
     found = []
     for one in judged:
         if one.dense is not None:
-            ratios = comparison.efficiency(one)
-            found.append([one.label, *(_form(ratios, key, "{:.3f}") for key in RATIOS)])
+            ratios, apart = comparison.efficiency(one), comparison.timed_apart(one)
+            cells = {key: _form(ratios, key, "{:.3f}") for key in RATIOS}
+            cells |= {"latency": f"{ABSENT}: {apart}"} if apart else {}
+            found.append([one.label, *cells.values()])
     return found
 
 

@@ -48,7 +48,7 @@ RealImages = Annotated[str | None, typer.Option("--data", help="real images to j
 Dense = Annotated[str | None, typer.Option(help="dense model of the folders: what differences are taken from")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps")]
 Ways = Annotated[
-    str, typer.Option(help="ways to time, by commas: eager, channels_last, compile, onnxruntime, semi-structured")
+    str, typer.Option(help="ways to time beside eager, by commas: channels_last, compile, onnxruntime, semi-structured")
 ]
 Measure = Annotated[bool, typer.Option("--measure", help="time all models anew, in turn")]
 

@@ -40,12 +40,13 @@ from .records import VARIANT_LABELS
 from .stage_recipes import Pattern
 from .subject import Subject
 
-VERSION = 1
+VERSION, SPEED_VERSION = 1, 2
 READ_AS = Pattern(2, 4)  # what the layers of models that claim nothing are looked at as
 MODES = ("standard", "quick", "full")
 QUICK, FULL = {"images": 128, "steps": 10, "noise_floor": False}, {"images": 2048}
 QUICK_ROUNDS = 9
 SEMI_STRUCTURED = "semi-structured"
+CPU_ONLY = "ONNX Runtime is timed on the CPU only; judge with --device cpu"
 WAYS = (*latency.WAYS, SEMI_STRUCTURED)
 BATCHES = {"quick": (latency.BATCH,), "standard": latency.BATCHES, "full": latency.BATCHES}
 DEFAULT_WAYS = {"quick": ("eager",), "standard": ("eager",), "full": ("eager", "channels_last")}
@@ -205,13 +206,19 @@ def judge(found: list[Entry], request: Request, tell: Progress = lambda text, do
             if one is not None and id(one) not in results:
                 results[id(one)] = session.judged(one, results.get(id(one.dense)))
     listed = [results[id(entry)] for entry in found]
-    speeds = measure_speed(found, request, session.device, tell)
-    for entry, one in zip(found, listed):
-        one.figures |= speeds[entry.label]
+    timed = _with_dense(found)
+    speeds = measure_speed(timed, request, session.device, tell)
+    for entry in timed:
+        results[id(entry)].figures |= speeds[entry.label]
     for entry, one in zip(found, listed):
         one.dense = results[id(entry.dense)].figures if entry.dense is not None else None
     _into_runs(found, speeds, request)
     return listed
+
+
+def _with_dense(found: list[Entry]) -> list[Entry]:
+    """Each model once, and before it its dense one, listed or not: a ratio needs both timed in one session."""
+    return list({id(one): one for entry in found for one in (entry.dense, entry) if one is not None}.values())
 
 
 def _into_runs(found: list[Entry], speeds: dict[str, dict[str, Any]], request: Request) -> None:
@@ -323,11 +330,12 @@ def measure_speed(
     found: list[Entry], request: Request, device: torch.device, tell: Progress
 ) -> dict[str, dict[str, Any]]:
     """Label to the figures of speed of each model; all are timed in turn, unless this very set was timed before."""
-    ways, batches = request.ways or DEFAULT_WAYS[request.mode], BATCHES[request.mode]
+    asked, batches = request.ways or DEFAULT_WAYS[request.mode], BATCHES[request.mode]
+    ways = tuple(dict.fromkeys(("eager", *asked)))  # always plain calls too: the latency of this session is of them
     rounds = QUICK_ROUNDS if request.mode == "quick" else latency.ROUNDS
     labels = [entry.label for entry in found]
     where = (latency.device_name(device), socket.gethostname(), torch.__version__)
-    key = cache.digest(VERSION, labels, [entry.fingerprint for entry in found], ways, batches, rounds, where)
+    key = cache.digest(SPEED_VERSION, labels, [entry.fingerprint for entry in found], ways, batches, rounds, where)
     place = cache.folder("speed")
     known = None if request.fresh_speed else cache.read_record(place, key)
     if known is None:
@@ -344,24 +352,27 @@ def _timed(
     device: torch.device,
     tell: Progress,
 ) -> Iterator[latency.Speed]:
-    """The rows of all models; those of converted copies under their model's name, with a way of their own."""
-    variants: dict[str, nn.Module] = {entry.label: entry.subject.model.unet for entry in found}
-    copies: dict[str, tuple[str, str]] = {}
-    if SEMI_STRUCTURED in ways:
-        for label, (name, way, module) in _converted(found).items():
-            copies[label], variants[label] = (name, way), module
-    graphs = {}
+    """The rows of all models; those of converted copies under their model's name, with a way of their own.
+
+    What was asked for and cannot be timed at all is a row without figures, with the reason.
+    """
+    copies, absent = _converted(found, device) if SEMI_STRUCTURED in ways else ({}, {})
+    plain, graphs = tuple(way for way in ways if way in latency.WAYS), {}
     if "onnxruntime" in ways and device.type == "cpu":
         graphs = {entry.label: _graph(entry.subject) for entry in found}
-    plain = tuple(way for way in ways if way != SEMI_STRUCTURED) or ("eager",)
+    elif "onnxruntime" in ways:
+        plain = tuple(way for way in plain if way != "onnxruntime")
+        absent |= {(entry.label, "onnxruntime"): CPU_ONLY for entry in found}
+    names = {"\n".join(key): key for key in copies}  # no model's label has two lines
+    variants = {entry.label: entry.subject.model.unet for entry in found} | dict(zip(names, copies.values()))
     of = latency.benchmark_steps(batches, rounds)
-    for i, rows in enumerate(latency.benchmark(variants, plain, batches, rounds, graphs)):
+    for i, rows in enumerate(latency.benchmark(variants, plain, batches, rounds, graphs, as_is=names)):
         tell("speed", i + 1, of)
     for row in rows:
-        if row.variant in copies and row.way != "eager":
-            continue  # a converted copy runs as it is
-        name, way = copies.get(row.variant, (row.variant, row.way))
+        name, way = names.get(row.variant, (row.variant, row.way))
         yield dataclasses.replace(row, variant=name, way=way)
+    for (name, way), reason in absent.items():
+        yield from (latency.Speed(name, way, batch, rounds, None, absent=reason) for batch in batches)
 
 
 def _graph(model: Subject) -> nn.Module:
@@ -370,14 +381,20 @@ def _graph(model: Subject) -> nn.Module:
     return latency.OnnxModel(content, model.model.image_shape)
 
 
-def _converted(found: list[Entry]) -> dict[str, tuple[str, str, nn.Module]]:
-    """Copies in fp16, plain and with 2:4 layers on the sparse kernels, on a CUDA GPU."""
-    made = {}
+def _converted(
+    found: list[Entry], device: torch.device
+) -> tuple[dict[tuple[str, str], nn.Module], dict[tuple[str, str], str]]:
+    """Copies in fp16 on a CUDA GPU, plain and with 2:4 layers on the sparse kernels, and the reasons for none.
+
+    Both by label and way.
+    """
+    made, absent, way = {}, {}, f"{SEMI_STRUCTURED} fp16"
     for entry in found:
-        plain = nn.Module.to(copy.deepcopy(entry.subject.model.unet), "cuda", torch.float16)
-        made[f"{entry.label} fp16"] = (entry.label, "fp16", plain)
-        sparse = copy.deepcopy(entry.subject.model.unet)
-        rows = semi_structured.convert(sparse, torch.float16)
-        if any(row["convert"] for row in rows):
-            made[f"{entry.label} {SEMI_STRUCTURED}"] = (entry.label, f"{SEMI_STRUCTURED} fp16", sparse)
-    return made
+        plain, sparse = (copy.deepcopy(entry.subject.model.unet) for _ in range(2))
+        made[entry.label, "fp16"] = nn.Module.to(plain, device.type, torch.float16)
+        reason = semi_structured.none_fits(semi_structured.convert(sparse, torch.float16))
+        if reason:
+            absent[entry.label, way] = reason
+        else:
+            made[entry.label, way] = sparse
+    return made, absent

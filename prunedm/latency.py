@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,15 +102,17 @@ def benchmark(
     rounds: int = ROUNDS,
     onnx: dict[str, Path | nn.Module] | None = None,
     memory: bool = True,
+    as_is: Collection[str] = (),
 ) -> Iterator[list[Speed]]:
     """Time and peak memory of each variant, run each way, at each batch size: all interleaved at a batch size.
 
     onnx: for the way ``onnxruntime``, a file or a session called like a UNet for some of the variants; the
-    others' rows are absent. Yields the finished rows after each round, and all of them last. What cannot run
+    others' rows are absent. as_is: variants that were converted before and only run eager, whatever the ways. Yields
+    the finished rows after each round, and all of them last. What cannot run
     (no compiler, too little memory) is a row without figures. ValueError for ways or batches that are not known.
     """
     _require(variants, ways, batches, rounds)
-    found = contenders(variants, ways, onnx or {})
+    found = contenders(variants, ways, onnx or {}, as_is)
     rows: list[Speed] = []
     for batch in batches:
         absent = {key: _fault(found[key], batch, key[1]) for key in giveway.between(found)}
@@ -133,13 +135,18 @@ def benchmark_steps(batches: tuple[int, ...] = BATCHES, rounds: int = ROUNDS) ->
 
 
 def contenders(
-    variants: dict[str, nn.Module], ways: tuple[str, ...], onnx: dict[str, Path | nn.Module]
+    variants: dict[str, nn.Module],
+    ways: tuple[str, ...],
+    onnx: dict[str, Path | nn.Module],
+    as_is: Collection[str] = (),
 ) -> dict[tuple[str, str], nn.Module | None]:
     """(variant, way) -> what is called; None where that cannot be made. The variants stay as they are."""
     found: dict[tuple[str, str], nn.Module | None] = {}
     for name, unet in variants.items():
-        if "eager" in ways:
+        if "eager" in ways or name in as_is:
             found[name, "eager"] = unet
+        if name in as_is:
+            continue
         if {"channels_last", "compile"} & set(ways):
             laid = _channels_last(unet)
             if "channels_last" in ways:

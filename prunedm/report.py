@@ -36,12 +36,18 @@ def headline(results: dict[str, dict[str, Any]]) -> str:
         text += f"; the noise-prediction error changed by {loss:+.1%}"
     if dense.get("fid") is not None and last.get("fid") is not None:
         text += f" and {last['fid_extractor']} from {dense['fid']:.2f} to {last['fid']:.2f}"
-    if dense.get("latency_ms") and last.get("latency_ms"):
-        share = last["latency_ms"] / dense["latency_ms"]
-        text += f". A UNet call takes {share:.2f} times the dense model's time here"
+    text += _call_time(Judged("", last, dense=dense))
     if "nm" in results and "cpu" in str(results["nm"].get("device")):
         text += ". N:M masks save no time on a CPU: they save weights"
     return text + "."
+
+
+def _call_time(one: Judged) -> str:
+    """The time of a UNet call against the dense model's, or why the two do not compare; empty without times."""
+    apart, ratio = comparison.timed_apart(one), comparison.efficiency(one)["latency"]
+    if apart:
+        return f". How a UNet call's time compares with the dense model's is not known: it was {apart}"
+    return "" if ratio is None else f". A UNet call takes {ratio:.2f} times the dense model's time here"
 
 
 def summary(run: Run) -> dict[str, Any]:

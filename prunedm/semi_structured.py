@@ -80,6 +80,14 @@ def _obstacle(layer: nn.Conv2d | nn.Linear, backend: str) -> str:
     return ""
 
 
+def none_fits(rows: list[dict[str, Any]]) -> str:
+    """Why none of :func:`plan`'s layers uses the kernels, by a linear one where there is one; empty where one does."""
+    if any(row["convert"] for row in rows):
+        return ""
+    row = next((row for row in rows if row["kind"] == "linear"), rows[0])
+    return f"none of the {len(rows)} layers can use the 2:4 kernels; {row['layer']}: {row['reason']}"
+
+
 EXPORT_REMEDY = "use --format diffusers and call prunedm.semi_structured.convert on the machine that has one"
 
 

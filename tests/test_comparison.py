@@ -68,6 +68,18 @@ def test_efficiency_is_a_ratio_to_the_models_own_dense_one():
 
 
 @pytest.mark.parametrize(
+    ("sessions", "ratio"), [((None, None), 0.7), (("a", "a"), 0.7), (("a", "b"), None), ((None, "a"), None)]
+)
+def test_latencies_of_two_sessions_have_no_ratio(sessions, ratio):
+    own, dense = ({"speed_session": session} for session in sessions)
+    one = judged(SMALL | own, dense=DENSE | dense)
+    assert comparison.efficiency(one)["latency"] == pytest.approx(ratio)
+    assert comparison.timed_apart(one) == ("" if ratio else "timed in another session than the dense model")
+    untimed = judged(SMALL | own | {"latency_ms": None}, dense=DENSE | dense)
+    assert comparison.timed_apart(untimed) == "" and comparison.efficiency(untimed)["latency"] is None
+
+
+@pytest.mark.parametrize(
     ("fid", "parts"),
     [
         (

@@ -10,7 +10,7 @@ from conftest import make_unet
 from diffusers import DDPMScheduler
 from safetensors.torch import load_file, save_file
 
-from prunedm import cache, comparison, judging, latency, pipeline, store
+from prunedm import cache, comparison, evaluate, judging, latency, pipeline, semi_structured, store
 from prunedm import unet as unets
 from prunedm.__main__ import main
 
@@ -203,6 +203,93 @@ def test_ways_of_running_are_timed_when_asked_for(runs, ids, capsys, own_cache):
         (way, batch) for way in ("eager", "onnxruntime", "channels_last") for batch in (1, 2)
     }
     assert all(row["call"]["median"] > 0 and row["threads"] for row in rows)
+
+
+def sessions(figures):
+    return {one["speed_session"] for one in figures}
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "compare"])
+def test_a_variant_is_timed_in_one_session_with_the_dense_model_that_it_is_set_beside(
+    runs, ids, capsys, own_cache, monkeypatch, verb
+):
+    seen = []
+    monkeypatch.setattr(judging, "_into_runs", lambda found, speeds, request: seen.append((found, speeds)))
+    before = store.find(runs, ids[0]).evaluation()
+    arguments = (verb, f"{ids[0]}/nm", "--runs-dir", runs, "--measure")
+    (one,) = judged(capsys, *arguments)
+    ((found, speeds),) = seen
+    assert [entry.variant for entry in found] == ["nm"] and len(speeds) == 2 and len(sessions(speeds.values())) == 1
+    dense = speeds[f"{ids[0]} dense"]
+    assert dense["speed_session"] == one["figures"]["speed_session"] != before["dense"]["speed_session"]
+    assert one["efficiency"]["latency"] == one["figures"]["latency_ms"] / dense["latency_ms"]
+    out = call(capsys, *arguments)[1]
+    assert "of dense n/a" not in out, "and its table too sets the two beside each other"
+
+
+def test_a_runs_latency_and_its_session_change_together(runs, ids, capsys, own_cache):
+    run = store.find(runs, ids[1])
+    before = run.evaluation()
+    try:
+        judged(capsys, "evaluate", run.id, "--ways", "onnxruntime", "--runs-dir", runs)
+        after = run.evaluation()
+        assert len(sessions(after.values())) == 1 and sessions(after.values()) != sessions(before.values())
+        for figures in after.values():
+            assert {row["way"] for row in figures["speed"]} == {"eager", "onnxruntime"}, "the plain calls stay"
+            plain = [row["call"] for row in figures["speed"] if (row["way"], row["batch"]) == ("eager", 2)]
+            assert [call["median"] for call in plain] == [figures["latency_ms"]] and figures["batch"] == 2
+    finally:
+        run.write_evaluation(before)
+
+
+def test_a_call_that_cannot_be_timed_leaves_no_older_latency():
+    gone = latency.Speed("a", "eager", 8, 3, 1, absent="too little memory")
+    found = evaluate.speed_figures([gone], "new")["a"]
+    assert ({"latency_ms": 5.0, "device": "cpu", "speed_session": "old"} | found)["latency_ms"] is None
+
+
+@pytest.fixture
+def pair(tmp_path, own_cache):
+    """Two models, of which only the second is 2:4."""
+    for name in ("dense", "nm"):
+        model = make_unet()
+        for layer in model.modules():
+            if name == "nm" and isinstance(layer, torch.nn.Linear):
+                layer.weight.data.view(-1, 4)[:, :2] = 0
+        unets.save(model, DDPMScheduler(), tmp_path / name, {"variant": "dense"})
+    return judging.entries([str(tmp_path / "dense"), str(tmp_path / "nm")], tmp_path)
+
+
+def speed_of(pair, device, *ways):
+    """Model to the rows of ways and batch sizes that were timed or are absent."""
+    found = judging.measure_speed(pair, judging.Request(ways=ways), torch.device(device), lambda *_: None)
+    return {name: {(row["way"], row["batch"]): row for row in figures["speed"]} for name, figures in found.items()}
+
+
+def test_converted_copies_are_timed_in_any_case_and_those_without_a_fitting_layer_say_so(pair, monkeypatch):
+    def convert(unet, dtype):
+        unet.to(dtype)
+        return semi_structured.plan(unet)
+
+    monkeypatch.setattr(semi_structured, "require_cuda", lambda *_: None)
+    monkeypatch.setattr(semi_structured, "convert", convert)
+    monkeypatch.setattr(latency, "_memory", lambda *_: (None, None))
+    found = speed_of(pair, "cpu", "channels_last", "semi-structured")
+    for rows in found.values():
+        own = ("eager", "channels_last", "fp16", "semi-structured fp16")
+        assert set(rows) == {(way, batch) for way in own for batch in (1, 2)}
+        assert rows["fp16", 1]["call"]["dtype"] == "float16"
+    assert all(row["call"] and not row["absent"] for row in found["nm"].values())
+    for (way, _), row in found["dense"].items():
+        assert (row["call"] is None) == (way == "semi-structured fp16")
+        if row["call"] is None:
+            assert "layers can use the 2:4 kernels; " in row["absent"] and "not 2:4" in row["absent"]
+
+
+def test_onnx_runtime_beside_another_device_is_absent_with_the_reason(pair):
+    for rows in speed_of(pair, "mps", "onnxruntime").values():
+        assert rows["eager", 1]["call"] and rows["onnxruntime", 2]["absent"] == judging.CPU_ONLY
+        assert "--device cpu" in judging.CPU_ONLY and len(rows) == 4
 
 
 @pytest.mark.parametrize("suffix", ["html", "csv", "md"])

@@ -75,6 +75,22 @@ def test_a_drifting_machine_does_not_favour_a_variant(monkeypatch):
     assert found["a"].median == pytest.approx(found["b"].median, rel=0.01)
 
 
+def test_percentiles_are_those_of_the_known_durations_without_the_warm_up(monkeypatch):
+    """1 to 11 ms in no order: between the ends lie ten equal steps, so a tenth of them is one."""
+    clock, durations = {"now": 0.0}, [500, 700, 7, 2, 11, 4, 1, 9, 6, 10, 3, 8, 5]
+
+    class Timed(Sleeper):
+        def forward(self, x, t):
+            clock["now"] += durations.pop(0) / 1000
+            return x
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+    found = last(latency.measure({"a": Timed()}, 4, 11))["a"]
+    assert not durations and latency.WARMUP == 2
+    assert [found.p10, found.median, found.p90] == pytest.approx([2, 6, 10], rel=1e-9)
+    assert found.per_image == found.median / 4
+
+
 def test_compare_keeps_its_shape():
     found = latency.compare(Sleeper(0.004), Sleeper(0.002), batch=3, rounds=3)
     assert set(found) == {"dense", "pruned", "ratio", "device", "batch"} and found["batch"] == 3

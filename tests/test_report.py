@@ -140,6 +140,22 @@ def test_differences_from_dense_stand_beside_the_figures():
     assert [r["structured"] for label, r in rows.items() if label.startswith("Latency")] == ["5.0 (+25.0%)"]
 
 
+def test_latencies_of_two_sessions_are_shown_without_a_ratio_and_say_why():
+    dense, nm = figures_of("dense"), figures_of("nm", 0.5)
+    later = nm | {"speed_session": "two"}
+    assert "0.50 times the dense model's time" in report.headline({"dense": dense, "nm": nm})
+    said = report.headline({"dense": dense, "nm": later})
+    assert "times the dense" not in said and "it was timed in another session than the dense model" in said
+    cell = next(
+        r["nm"] for n, r in dict(report.figure_rows({"dense": dense, "nm": later})).items() if n.startswith("Lat")
+    )
+    assert cell == "5.0 [4.5 to 6.0] (of dense n/a: timed in another session than the dense model)"
+    (row,) = figures.efficiency_rows([Judged("b", later, dense=dense)])
+    assert row[1 + list(figures.RATIOS).index("latency")] == "n/a: timed in another session than the dense model"
+    memory = {n: r["nm"] for n, r in dict(report.figure_rows({"dense": dense, "nm": later})).items() if "memory" in n}
+    assert all("session" not in cell and "(" in cell for cell in memory.values()), "memory does not drift"
+
+
 def test_only_core_figures_are_shown_as_absent():
     rows = dict(report.figure_rows({"dense": OLD}))
     assert rows["Frechet distance"] == rows["Validation loss"] == {"dense": "n/a"}
