@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bundled, data, latency, parallel, pattern, sizes, subject, unet
+from . import bundled, data, latency, parallel, pattern, provenance, sizes, subject, unet
 from .masked_unet import EXCLUDED
 from .quality import Judge, Target
 from .recipe import Recipe
@@ -148,6 +148,7 @@ def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device
                 for i, found in enumerate(judge.quality(target)):
                     yield Step("evaluate", done + i + 1, total)
             found = found | sparsity(target.model.unet, target.patterns)
+            found |= {"made_by": provenance.of(target.place, device)}
             results[name] = dataclasses.replace(figures, **found).as_dict()
             run.write_evaluation(results)
         done += each[name]

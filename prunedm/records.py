@@ -84,6 +84,8 @@ class Evaluation:
     Speed, measured. latency_ms: median of one UNet call on ``device`` at ``dtype`` and ``batch``, with the 10th
     and 90th percentile; speed: a row for each way and batch size (``latency.Speed``); speed_session: models
     with the same one were timed in turn, so that drift fell on all.
+
+    made_by: of which files, on which device and machine and by which versions (``provenance.of``).
     """
 
     parameters: int
@@ -131,6 +133,7 @@ class Evaluation:
     batch: int | None = None
     speed: list[dict[str, Any]] | None = None
     speed_session: str | None = None
+    made_by: dict[str, Any] | None = None
     pattern: str | None = None
     compliance: float | None = None
     masked_layers: int | None = None

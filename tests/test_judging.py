@@ -184,14 +184,36 @@ def test_runs_judged_otherwise_are_judged_alike_first(runs, ids, capsys, own_cac
         shutil.rmtree(other.folder)
 
 
-def test_a_broken_claim_is_a_figure_and_no_refusal(runs, ids, tmp_path, capsys, own_cache):
+@pytest.mark.parametrize("settings", [(), ("--images", 9)], ids=["the run's own", "other"])
+def test_a_broken_claim_is_a_figure_and_no_refusal(runs, ids, tmp_path, capsys, own_cache, settings):
     copy = store.Run(shutil.copytree(store.find(runs, ids[0]).folder, tmp_path / "copied"))
     name = next(la["layer"] for la in copy.layers() if la["eligible"]) + ".weight"
     path = copy.variant("nm") / "unet" / unets.WEIGHTS
     tensors = load_file(path)
     save_file(tensors | {name: torch.ones_like(tensors[name])}, path)
-    figures = judged(capsys, "evaluate", "copied/nm", "--images", 9, "--runs-dir", tmp_path)[0]["figures"]
+    before = copy.evaluation()
+    figures = judged(capsys, "evaluate", "copied/nm", *settings, "--runs-dir", tmp_path)[0]["figures"]
     assert figures["compliance"] < 1 and figures["sizes"]["packed_fp16"] > 0
+    assert figures["fid"] != before["nm"]["fid"] and figures["nonzero_parameters"] > before["nm"]["nonzero_parameters"]
+    judged(capsys, "evaluate", "copied", *settings, "--runs-dir", tmp_path)
+    assert copy.evaluation() == before, "the altered model's speed does not stand beside the run's own figures"
+
+
+@pytest.mark.parametrize("change", [{"device": "cuda"}, {"torch": "1.0"}, {"fingerprint": "of others"}])
+def test_a_runs_own_figures_hold_for_its_files_device_and_torch(runs, ids, own_cache, change):
+    run = store.find(runs, ids[0])
+    entries = judging.entries([f"{run.id}/nm"], runs)
+    session = judging.Session(run.recipe().eval, judging.Request(), torch.device("cpu"), lambda *_: None)
+    before = run.evaluation()
+    try:
+        assert session._known(entries[0])[0] == before["nm"]
+        for variant in ("nm", "dense"):  # whose samples the others are compared with
+            run.write_evaluation(before | {variant: before[variant] | {"made_by": before[variant]["made_by"] | change}})
+            assert session._known(entries[0]) == (None, None)
+        run.write_evaluation({name: figures | {"made_by": None} for name, figures in before.items()})
+        assert session._known(entries[0])[0]["fid"] == before["nm"]["fid"], "runs of earlier versions recorded none"
+    finally:
+        run.write_evaluation(before)
 
 
 def test_ways_of_running_are_timed_when_asked_for(runs, ids, capsys, own_cache):
