@@ -7,6 +7,7 @@ always measured here, interleaved with that of the other variants.
 from __future__ import annotations
 
 import dataclasses
+import socket
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bundled, data, latency, parallel, pattern, provenance, sizes, subject, unet
+from . import bundled, data, environment, latency, parallel, pattern, provenance, sizes, subject, unet
 from .masked_unet import EXCLUDED
 from .quality import Judge, Target
 from .recipe import Recipe
@@ -121,6 +122,7 @@ def speed_figures(rows: list[latency.Speed], session: str) -> dict[str, dict[str
             call = min(calls, key=lambda c: abs(c.batch - latency.BATCH))
             found[name] |= {"latency_ms": call.median, "latency_ms_p10": call.p10, "latency_ms_p90": call.p90}
             found[name] |= {"device": call.device, "dtype": call.dtype, "batch": call.batch}
+            found[name] |= {"host": socket.gethostname(), "processor": environment.processor()}
     return found
 
 

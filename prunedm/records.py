@@ -82,8 +82,8 @@ class Evaluation:
     and feature_distance to the dense model's first ``pairs`` samples of the same seeds.
 
     Speed, measured. latency_ms: median of one UNet call on ``device`` at ``dtype`` and ``batch``, with the 10th
-    and 90th percentile; speed: a row for each way and batch size (``latency.Speed``); speed_session: models
-    with the same one were timed in turn, so that drift fell on all.
+    and 90th percentile, on the machine ``host`` with this ``processor``; speed: a row for each way and batch size
+    (``latency.Speed``); speed_session: models with the same one were timed in turn, so that drift fell on all.
 
     made_by: of which files, on which device and machine and by which versions (``provenance.of``).
     """
@@ -131,6 +131,8 @@ class Evaluation:
     device: str | None = None
     dtype: str | None = None
     batch: int | None = None
+    host: str | None = None
+    processor: str | None = None
     speed: list[dict[str, Any]] | None = None
     speed_session: str | None = None
     made_by: dict[str, Any] | None = None
