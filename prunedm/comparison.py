@@ -28,6 +28,10 @@ class Judged:
 
     figures: ``records.Evaluation`` as a dict. layers: ``records.LayerReport`` as dicts; empty where the model has
     no N:M layers. dense: the figures that differences are taken from, its own dense model's; None for a dense one.
+
+    How to judge it again, where a run did not record it itself. source: what the commands find the model by, from any
+    folder. asked: their options beside those that the figures record; None where nothing was asked for. beside: the
+    run whose real images it was judged by.
     """
 
     label: str
@@ -37,6 +41,9 @@ class Judged:
     layers: list[dict[str, Any]] = field(default_factory=list)
     sheet: Path | None = None
     dense: dict[str, Any] | None = None
+    source: str = ""
+    asked: tuple[str, ...] | None = None
+    beside: Run | None = None
 
     def get(self, key: str) -> Any:
         """A figure by its name, ``sizes.packed_fp16`` for a nested one; None when absent."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from . import cache, store, subject
+from . import bundled, cache, store, subject
 from .recipe import Data
 from .records import VARIANT_LABELS
 from .stage_recipes import Pattern
@@ -21,7 +21,10 @@ class JudgeError(ValueError):
 
 @dataclass
 class Entry:
-    """One model to judge: its label, where its results go, and the figures and sheet of its dense model."""
+    """One model to judge: its label, where its results go, and its dense model.
+
+    source: what it is found by from any folder. lender: the run whose real images it is judged by, where it has none.
+    """
 
     label: str
     subject: Subject
@@ -29,6 +32,8 @@ class Entry:
     variant: str | None = None
     run: store.Run | None = None
     dense: Entry | None = None
+    source: str = ""
+    lender: store.Run | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -43,7 +48,7 @@ def entries(sources: list[str], runs_dir: Path, dense: str | None = None) -> lis
     base = None
     if dense is not None:
         found = subject.find(dense, None, runs_dir, READ_AS, strict=False)
-        base = Entry(f"{dense} (dense)", found, _home(found), "dense")
+        base = Entry(f"{dense} (dense)", found, _home(found), "dense", source=_anywhere(dense, found))
     made: list[Entry] = []
     loaded: dict[str, Entry] = {}
     for source in sources:
@@ -59,12 +64,12 @@ def _lend_images(made: list[Entry]) -> None:
 
     Of the runs that draw images of its shape, where these agree.
     """
-    known = [(e.subject.model.image_shape, e.subject.data) for e in made if e.run is not None and e.subject.data]
+    known = [e for e in made if e.run is not None and e.subject.data]
     for entry in made:
         if entry.run is None and entry.subject.data is None:
-            fit = [data for shape, data in known if shape == entry.subject.model.image_shape]
-            if fit and all(_same_images(data, fit[0]) for data in fit):
-                entry.subject.data = fit[0]
+            fit = [e for e in known if e.subject.model.image_shape == entry.subject.model.image_shape]
+            if fit and all(_same_images(e.subject.data, fit[0].subject.data) for e in fit):
+                entry.subject.data, entry.lender = fit[0].subject.data, fit[0].run
 
 
 def _same_images(a: Data, b: Data) -> bool:
@@ -90,7 +95,7 @@ def _of_source(source: str, runs_dir: Path, base: Entry | None, loaded: dict[str
     run_id, _, tail = source.partition("/")
     if not store.is_run(runs_dir, run_id):
         found = subject.find(source, None, runs_dir, READ_AS, strict=False)
-        return [Entry(_name(source, found), found, _home(found), dense=base)]
+        return [Entry(_name(source, found), found, _home(found), dense=base, source=_anywhere(source, found))]
     run = store.find(runs_dir, run_id)
     run.state()  # refuses a run of a later version, whose files may mean something else
     finished = run.variants()
@@ -109,13 +114,20 @@ def _of_variant(run: store.Run, name: str, loaded: dict[str, Entry]) -> Entry:
         if name != "nm":
             found.patterns = {}  # what happens to look like N:M is none
         label, home = f"{run.id} {VARIANT_LABELS[name]}", run.folder / "evaluations"
-        loaded[key] = Entry(label, found, home, name, run, dense)
+        loaded[key] = Entry(label, found, home, name, run, dense, key)
     return loaded[key]
 
 
 def _name(source: str, found: Subject) -> str:
     """A short name of a model that is no run: its folder's, or the hub id."""
     return found.place.name if Path(source).expanduser().exists() else source
+
+
+def _anywhere(source: str, found: Subject) -> str:
+    """What finds the model from any folder: the whole path of one on disk; 'bundled' and hub ids as they are."""
+    of_run = found.data is not None  # as a dense model: its runs folder is not said then
+    is_path = of_run or (source != bundled.NAME and Path(source).expanduser().exists())
+    return str(found.place.absolute()) if is_path else source
 
 
 def _home(found: Subject) -> Path:

@@ -77,6 +77,15 @@ class Request:
         mode = {"quick": QUICK, "full": FULL}.get(self.mode, {})
         return build_recipe({"eval": merge(merge(base.model_dump(), mode), self.changes)}).eval
 
+    def options(self, entry: Entry) -> tuple[str, ...]:
+        """What the commands must be given to judge the model so again, beside what its figures record."""
+        dense = entry.dense.source if entry.run is None and entry.dense is not None else ""
+        images = data.absolute(Data(source=self.data)) if self.data else ""
+        given = {"--data": images, "--dense": dense, "--ways": ",".join(self.ways)}
+        given["--device"] = "" if self.device == "auto" else self.device
+        mode = () if self.mode == "standard" else (f"--{self.mode}",)
+        return (*mode, *(word for name, value in given.items() if value for word in (name, value)))
+
 
 # --- judging -----------------------------------------------------------------------------------
 def common_settings(found: list[Entry], request: Request) -> Eval:
@@ -139,7 +148,9 @@ class Session:
         if figures is None:
             figures, sheet = self._kept_or_made(entry, dense)
         layers = [dataclasses.asdict(row) for row in evaluate.layer_rows(model.unet, patterns)] if patterns else []
-        return Judged(entry.label, dict(figures), entry.variant, entry.run, layers, sheet)
+        one = Judged(entry.label, dict(figures), entry.variant, entry.run, layers, sheet)
+        one.source, one.asked, one.beside = entry.source, self.request.options(entry), entry.lender
+        return one
 
     def _known(self, entry: Entry) -> tuple[dict[str, Any] | None, Path | None]:
         """Figures and sheet that are there already: a run's own, or the bundled dense model's shipped ones."""

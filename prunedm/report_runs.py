@@ -1,11 +1,10 @@
-"""Sections of the report's page about the runs: training, masks, recipe, lineage, environment, how to do it again."""
+"""Sections of the report's page about the runs: training, masks, recipe, lineage, environment."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from . import charts, environment, recipe, report
 from .comparison import Judged
 from .records import STAGE_LABELS, VARIANT_LABELS, LayerReport
-from .report_html import Html, bullets, chart, command, folded, join, missing, paragraph, table, tag
+from .report_html import Html, bullets, chart, folded, join, missing, paragraph, table, tag
 from .report_sections import BROKEN, Page, form, said
 from .stage_recipes import parse_pattern
 from .steps import Steps
@@ -238,7 +237,7 @@ def _lineage(run: Run) -> Html:
     return join(paragraph(chain), table(["variant", "made from", "by"], rows, f"Lineage of {run.id}"))
 
 
-def _recipe(run: Run) -> recipe.Recipe | None:
+def recipe_of(run: Run) -> recipe.Recipe | None:
     """The run's recipe, or None where this version cannot read it."""
     try:
         return run.recipe()
@@ -247,13 +246,13 @@ def _recipe(run: Run) -> recipe.Recipe | None:
 
 
 def _source(run: Run) -> str | None:
-    spec = _recipe(run)
+    spec = recipe_of(run)
     return spec.model.source if spec else None
 
 
 def _done(run: Run, name: str, record: dict[str, Any]) -> str:
     """What a stage did to make a variant."""
-    spec = _recipe(run)
+    spec = recipe_of(run)
     if name == "dense":
         return "taken as it was"
     if name == "structured":
@@ -269,89 +268,3 @@ def surroundings(page: Page) -> Html:
     rows = list((environment.versions() | environment.machine()).items())
     note = "Of the machine that wrote this page. Measured figures name the device that they were measured on."
     return join(paragraph(note, "note"), table(["what", "found"], [list(row) for row in rows], "Environment"))
-
-
-# --- how to do it again --------------------------------------------------------------------------
-METHODS = {
-    "reinforce": "MaskPro, arXiv 2506.12876",
-    "gumbel": "MaskLLM, arXiv 2409.17481, with one logit a weight",
-    "offset": "a learned offset over magnitude, after SR-STE, arXiv 2102.04010",
-    "sr-ste": "SR-STE, arXiv 2102.04010",
-    "wanda": "Wanda, arXiv 2306.11695",
-    "magnitude": "NVIDIA 2:4, arXiv 2104.08378",
-    "diff-pruning": "Diff-Pruning, arXiv 2305.10924",
-}
-SAMPLERS = {
-    "ddim": "DDIM, arXiv 2010.02502",
-    "ddpm": "DDPM, arXiv 2006.11239",
-    "dpm-solver++": "DPM-Solver++, arXiv 2211.01095",
-    "euler": "Euler, arXiv 2206.00364",
-}
-DISTANCES = (
-    "Frechet distance: arXiv 1706.08500; kernel distance: arXiv 1801.01401; precision and recall: arXiv 1904.06991"
-)
-SSIM = "SSIM: doi 10.1109/TIP.2003.819861; pairs of the same seed and sampler"
-
-
-def reproduce(page: Page) -> Html:
-    """For each kind of figure its command, seeds and source."""
-    parts = []
-    for name, own in report.groups(page.judged):
-        parts += [tag("h3", name)] if len(report.groups(page.judged)) > 1 else []
-        rows = [[what, command(how), seeds, source] for what, how, seeds, source in _steps(own)]
-        parts.append(table(["figure", "command", "seeds", "source"], rows, f"How to make the figures of {name} again"))
-    if page.command:
-        parts.append(join(paragraph("This page:"), tag("pre", command(page.command))))
-    return join(*parts) if parts else missing("There is nothing to make again.")
-
-
-def _steps(own: list[Judged]) -> Iterator[tuple[str, str, str, str]]:
-    """What, the command, its seeds, and the source of the method."""
-    run, judged = own[0].run, own[-1]
-    evaluate, name = _evaluate(judged), run.id if run else judged.label
-    if run is not None:
-        yield "models, training curves, masks", *_trained(run)
-    seed, sampler = judged.get("sampling.seed"), SAMPLERS.get(judged.get("sampling.sampler"))
-    seeds = f"evaluation seed {seed}" if seed is not None else "the recipe's eval.seed"
-    sources = "; ".join(text for text in (DISTANCES, sampler) if text)
-    yield "validation loss, distances, noise floor, samples", evaluate, seeds, sources
-    yield "faithfulness to dense", evaluate, seeds, SSIM
-    yield "latency, peak memory", f"{evaluate} --measure", "fixed noise", "measured, all models in turn"
-    yield "parameters, MACs, sizes", evaluate, "none", "counted; packed files are written and measured"
-    if run is not None and any(one.variant == "nm" for one in own):
-        place = _place(run) / "variants" / "nm"
-        yield "N:M compliance", _command("verify", place), "none", "groups along the input channels"
-    out = [] if run else ["--out", "report.html"]
-    yield "report, fronts, tables", _command("report", name, *out, *_elsewhere(run)), "none", "the figures above"
-
-
-def _trained(run: Run) -> tuple[str, str, str]:
-    spec = _recipe(run)
-    methods = [spec.prune.method, spec.mask.method] if spec else []
-    source = "; ".join(["DepGraph (torch-pruning), arXiv 2301.12900", *(METHODS[m] for m in methods if m in METHODS)])
-    seeds = f"recipe seed {spec.seed}" if spec else "in the recipe"
-    return _command("run", _place(run) / "recipe.yaml"), seeds, source
-
-
-def _evaluate(one: Judged) -> str:
-    """The command that judges the model as it was judged; options only for what is recorded."""
-    given = one.get("sampling") or {}
-    options = [("--images", one.get("fid_images"))] if given else []
-    options += [("--steps", given.get("steps")), ("--sampler", given.get("sampler")), ("--seed", given.get("seed"))]
-    options += [("--eta", given.get("eta") or None), ("--extractor", given.get("extractor"))]
-    words = [word for name, value in options if value is not None for word in (name, value)]
-    return _command("evaluate", one.run.id if one.run else one.label, *words, *_elsewhere(one.run))
-
-
-def _command(*words: Any) -> str:
-    return "python -m prunedm " + shlex.join(map(str, words))
-
-
-def _place(run: Run) -> Path:
-    return Path(run.folder.parent.name) / run.id
-
-
-def _elsewhere(run: Run | None) -> list[str]:
-    """The option that runs which do not lie in ``runs`` need."""
-    folder = run.folder.parent.name if run else "runs"
-    return [] if folder == "runs" else ["--runs-dir", folder]

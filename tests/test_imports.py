@@ -19,7 +19,7 @@ ORDER = [  # a module may import those above it only
     "importance", "mask_methods", "reinforce", "learn", "diagnostics", "allocate",
     "onnx_graph", "semi_structured", "verify", "subject", "sizes", "extractors", "metrics", "faithfulness", "samples",
     "quality", "environment", "provenance", "support", "evaluate",
-    "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_page",
+    "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_again", "report_page",
     "model_card", "inputs", "forecast", "imports", "import_zip", "mask_stage", "outline", "upkeep",
     "plan_model", "calibration", "plan", "stages", "pipeline", "pretrain", "jobs", "cluster", "executors",
     "onnx_int8", "onnx_export", "export", "seed_sheets", "judge_entries", "judging",

@@ -1,7 +1,10 @@
 """Runs, folders and packed files judged alike, through the commands as a user gives them."""
 
 import csv
+import html
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -152,6 +155,49 @@ def test_folders_of_one_name_and_a_run_given_twice_are_told_apart(runs, ids, tmp
     assert [e.label for e in found[:2]] == ["model", "model (2)"] and len(found) == 5
     assert found[0].fingerprint != found[1].fingerprint
     assert found[3].dense is found[2] and found[4].dense is found[2], "each model is loaded once"
+
+
+def printed(page, *verbs):
+    """The commands of these verbs in a page's section on how to make its figures again."""
+    cells = page.read_text().split('<section id="reproduce">')[1].split("</section>")[0]
+    found = [html.unescape(re.sub("<[^>]+>", "", cell)) for cell in re.findall("<code>.*?</code>", cells)]
+    words = [shlex.split(text)[3:] for text in dict.fromkeys(found)]
+    return [words for words in words if words[0] in verbs and "--measure" not in words]
+
+
+def test_the_printed_commands_judge_a_folder_again_from_anywhere(
+    tmp_path, capsys, own_cache, image_folder, model_folder, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, source in (("dense", model_folder), ("their model", model_folder), ("images", image_folder)):
+        shutil.copytree(source, name)
+    given = ("--data", "images", "--dense", "dense", "--device", "cpu", "--ways", "eager,channels_last")
+    page = tmp_path / "page.html"
+    assert call(capsys, "report", "their model", *given, "--images", 8, "--steps", 2, "--out", page)[0] == 0
+    first = judged(capsys, "evaluate", "their model", *given, "--images", 8, "--steps", 2)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    of_dense, again = printed(page, "evaluate")
+    assert "--dense" not in of_dense and judged(capsys, *of_dense)[0]["figures"]["fid"] == first[0]["figures"]["fid"]
+    (base, one) = judged(capsys, *again)
+    assert one["label"] == "their model" and base["label"].endswith("dense (dense)")
+    assert one["figures"]["ssim"] is not None
+    for key in ("fid", "validation_loss", "sampling", "ssim"):
+        assert one["figures"][key] == first[1]["figures"][key]
+    assert {row["way"] for row in one["figures"]["speed"]} == {"eager", "channels_last"}
+    *_, written = printed(page, "report")
+    assert call(capsys, *written)[0] == 0 and "their model" in (tmp_path / "elsewhere" / "report.html").read_text()
+
+
+def test_a_folder_judged_by_a_runs_images_is_judged_beside_it_again(runs, ids, tmp_path, capsys, own_cache):
+    nm = store.find(runs, ids[0]).variant("nm")
+    page = tmp_path / "page.html"
+    given = ("report", nm, f"{ids[0]}/structured", "--images", 8, "--steps", 2, "--out", page, "--runs-dir", runs)
+    assert call(capsys, *given)[0] == 0
+    (again,) = printed(page, "compare")
+    assert again[1:3] == [str(nm), ids[0]] and again[-2:] == ["--runs-dir", str(runs)]
+    assert judged(capsys, *again)[0]["figures"]["sampling"]["data"] == "images0"
 
 
 def test_a_packed_file_is_the_model_that_it_holds(runs, ids, tmp_path, capsys, own_cache, image_folder):
