@@ -263,8 +263,36 @@ def _done(run: Run, name: str, record: dict[str, Any]) -> str:
     return f"{text}{steps}; masks baked into the weights."
 
 
+OTHER = " This page was written elsewhere, or by other versions."
+
+
 def surroundings(page: Page) -> Html:
-    """Machine and versions; torch is asked, so only now is it loaded."""
-    rows = list((environment.versions() | environment.machine()).items())
+    """Machine and versions of who evaluated and of who wrote the page; torch is asked, so only now is it loaded."""
+    here = environment.versions() | environment.machine()
+    found = _evaluated_on(page)
+    columns = {"this page": here} if not found else {}
     note = "Of the machine that wrote this page. Measured figures name the device that they were measured on."
-    return join(paragraph(note, "note"), table(["what", "found"], [list(row) for row in rows], "Environment"))
+    if found:
+        note = "Of the machine that evaluated the models."
+        note += " It wrote this page too." if all(one == here for _, one in found) else OTHER
+        columns = {f"evaluated: {', '.join(names)}" if len(found) > 1 else "evaluated": one for names, one in found}
+        columns |= {"this page": here} if any(one != here for _, one in found) else {}
+    what = dict.fromkeys(key for one in columns.values() for key in one)
+    rows = [[key, *(one.get(key, "not recorded") for one in columns.values())] for key in what]
+    head = ["what", *columns] if len(columns) > 1 else ["what", "found"]
+    return join(paragraph(note, "note"), table(head, rows, "Environment"))
+
+
+def _evaluated_on(page: Page) -> list[tuple[list[str], dict[str, str]]]:
+    """The environments that the models were evaluated in, each with the models' names; older runs recorded none."""
+    found: list[tuple[list[str], dict[str, str]]] = []
+    for one in page.shown:
+        made = one.get("made_by")
+        if not made:
+            continue
+        own = made.get("versions", {}) | made.get("machine", {})
+        names = next((names for names, other in found if other == own), None)
+        if names is None:
+            found.append((names := [], own))
+        names.append(page.name(one))
+    return found
