@@ -26,8 +26,8 @@ TIMED = ("device", "dtype", "batch")
 class Judged:
     """One model with all that was found of it.
 
-    figures: ``records.Evaluation`` as a dict. layers: ``records.LayerReport`` as dicts; empty where the model has
-    no N:M layers. dense: the figures that differences are taken from, its own dense model's; None for a dense one.
+    figures: ``records.Evaluation`` as a dict. layers: ``records.LayerReport`` as dicts; empty where none
+    were looked at. dense: the figures that differences are taken from, its own dense model's; None for a dense one.
 
     How to judge it again, where a run did not record it itself. source: what the commands find the model by, from any
     folder. asked: their options beside those that the figures record; None where nothing was asked for. beside: the

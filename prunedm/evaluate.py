@@ -19,7 +19,7 @@ from . import bundled, data, environment, latency, parallel, pattern, provenance
 from .masked_unet import EXCLUDED
 from .quality import Judge, Target
 from .recipe import Recipe
-from .records import Evaluation, LayerReport, Step
+from .records import NOT_MASKED, Evaluation, LayerReport, Step
 from .stage_recipes import parse_pattern
 from .store import Run, write_atomic
 
@@ -68,7 +68,7 @@ def _layer_row(name: str, weight: Tensor, text: str | None) -> LayerReport:
     density = pattern.density(weight)
     if text is None:
         excluded = next((why for prefix, why in EXCLUDED.items() if name.startswith(prefix)), None)
-        reason = excluded or pattern.ineligible(weight.shape, 4) or "not masked"
+        reason = excluded or pattern.ineligible(weight.shape, 4) or NOT_MASKED
         return LayerReport(name, kind, shape, False, reason, density=density)
     n, m = parse_pattern(text)
     groups = pattern.group(weight, m)
@@ -152,6 +152,8 @@ def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device
             found = found | sparsity(target.model.unet, target.patterns)
             found |= {"made_by": provenance.of(target.place, device)}
             results[name] = dataclasses.replace(figures, **found).as_dict()
+            if name != "nm":  # whose layers stage 2 reported
+                run.write_layers([dataclasses.asdict(row) for row in layer_rows(target.model.unet, {})], name)
             run.write_evaluation(results)
         done += each[name]
         yield Step("evaluate", done, total)

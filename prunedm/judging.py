@@ -147,7 +147,7 @@ class Session:
         figures, sheet = self._known(entry)
         if figures is None:
             figures, sheet = self._kept_or_made(entry, dense)
-        layers = [dataclasses.asdict(row) for row in evaluate.layer_rows(model.unet, patterns)] if patterns else []
+        layers = [dataclasses.asdict(row) for row in evaluate.layer_rows(model.unet, patterns)]
         one = Judged(entry.label, dict(figures), entry.variant, entry.run, layers, sheet)
         one.source, one.asked, one.beside = entry.source, self.request.options(entry), entry.lender
         return one

@@ -33,6 +33,9 @@ def labels(name: str) -> dict[str, str]:
     return found | ({"kid": f"KD{suffix}", "isc": f"IS{suffix}"} if suffix else {"kid": "KID", "isc": "ISC"})
 
 
+NOT_MASKED = "eligible, but not masked"  # the reason of a layer that only its model leaves dense
+
+
 @dataclass
 class Step:
     """One step of one stage. ``values`` holds the stage's own scalars (loss, rate, entropy...)."""

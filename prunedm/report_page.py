@@ -19,7 +19,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Page], Html | None]], ...] = (
     ("faithfulness", "Faithfulness to the dense model", report_sections.faithfulness),
     ("loss", "Loss by timestep", report_sections.loss_bins),
     ("training", "Training", report_runs.training),
-    ("sparsity", "N:M layers", report_runs.sparsity),
+    ("sparsity", "Layers", report_runs.sparsity),
     ("choices", "Initial masks and patterns", report_runs.choices),
     ("speed", "Speed", report_costs.speed),
     ("sizes", "Sizes", report_costs.sizes),

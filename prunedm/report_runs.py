@@ -12,7 +12,7 @@ from typing import Any
 
 from . import charts, environment, recipe, report
 from .comparison import Judged
-from .records import STAGE_LABELS, VARIANT_LABELS, LayerReport
+from .records import NOT_MASKED, STAGE_LABELS, VARIANT_LABELS, LayerReport
 from .report_html import Html, bullets, chart, folded, join, missing, paragraph, table, tag
 from .report_sections import BROKEN, Page, form, said
 from .stage_recipes import parse_pattern
@@ -57,21 +57,22 @@ def _points(records: list[dict[str, Any]], key: str) -> Html:
 
 # --- masks -----------------------------------------------------------------------------------
 def sparsity(page: Page) -> Html:
-    """Of each model with N:M layers: every layer, its compliance, and which positions are kept."""
-    parts = []
-    own = [one for one in page.shown if one.layers or one.variant == "nm" or one.get("pattern")]
-    for one in own:
-        parts += [tag("h3", page.name(one))] if len(own) > 1 else []
+    """Of each model every layer: its density, why it is dense, its compliance, and which positions are kept."""
+    found = []
+    for one in page.shown:
+        name = page.name(one)
         try:
-            parts.append(_masked(page.name(one), one))
+            layers = one.layers or (one.run.layers(one.variant or "nm") if one.run else [])
+            if layers or one.variant == "nm" or one.get("pattern"):
+                found.append((name, _layers(name, one, [LAYER_DEFAULTS | layer for layer in layers])))
         except BROKEN as error:
-            parts.append(missing(f"The layers of {page.name(one)} cannot be shown: {said(error)}"))
-    return join(*parts) if parts else missing("None of these models has N:M layers.")
+            found.append((name, missing(f"The layers of {name} cannot be shown: {said(error)}")))
+    heads = [tag("h3", name) if len(found) > 1 else Html("") for name, _ in found]
+    parts = [part for head, (_, content) in zip(heads, found) for part in (head, content)]
+    return join(*parts) if parts else missing("No layers of these models were recorded.")
 
 
-def _masked(name: str, one: Judged) -> Html:
-    layers = one.layers or (one.run.layers() if one.run else [])
-    layers = [LAYER_DEFAULTS | layer for layer in layers]
+def _layers(name: str, one: Judged, layers: list[dict[str, Any]]) -> Html:
     masked = [la for la in layers if la["compliance"] is not None]
     parts = []
     if one.get("pattern"):
@@ -81,6 +82,8 @@ def _masked(name: str, one: Judged) -> Html:
         parts.append(paragraph(text))
     if not layers:
         return join(*parts, missing(f"{name} has no record of its layers."))
+    if not masked and not one.get("pattern"):
+        parts.append(paragraph(_unmasked(layers)))
     reasons = Counter(la["reason"] for la in layers if la["reason"])
     if reasons:
         lines = [f"{count} {'layer' if count == 1 else 'layers'}: {why}" for why, count in reasons.most_common()]
@@ -88,6 +91,15 @@ def _masked(name: str, one: Judged) -> Html:
     parts.append(folded(f"All {len(layers)} layers", _layer_table(layers, name)))
     parts += list(_mask_charts(name, masked))
     return join(*parts)
+
+
+def _unmasked(layers: list[dict[str, Any]]) -> str:
+    """What a model without masks keeps, and where masks could go."""
+    known = [(la["density"], math.prod(la["shape"])) for la in layers if la["density"] is not None]
+    weights = sum(size for _, size in known)
+    density = form(sum(share * size for share, size in known) / weights if weights else None, "{:.1%}")
+    free = sum(la["reason"] == NOT_MASKED for la in layers)
+    return f"Nothing is masked; density {density}. {free} of {len(layers)} layers are eligible for N:M masks."
 
 
 def _layer_table(layers: list[dict[str, Any]], name: str) -> Html:

@@ -69,6 +69,9 @@ def test_a_runs_own_figures_are_not_computed_again_and_gain_speed(runs, ids, cap
         }
         assert {row["batch"] for row in figures["speed"]} == {1, 2}
     assert len({one["figures"]["speed_session"] for one in found}) == 1, "timed in turn"
+    for one in found[:2]:  # as the run's evaluation recorded them
+        assert one["layers"] == store.find(runs, ids[0]).layers(one["variant"]) and len(one["layers"]) > 9
+        assert all(row["density"] > 0.9 and row["reason"] and not row["eligible"] for row in one["layers"])
     after = store.find(runs, ids[0]).evaluation()
     assert {row["batch"] for row in after["nm"]["speed"]} == {1, 2} and after["nm"]["fid"] == before["nm"]["fid"]
 

@@ -26,6 +26,7 @@ from prunedm import (
     store,
 )
 from prunedm.comparison import Judged
+from prunedm.records import NOT_MASKED
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<b>"
 OLD = {"parameters": 100, "nonzero_parameters": 100, "macs": 10, "bytes": 400}  # what the first version recorded
@@ -373,6 +374,17 @@ def test_the_environment_is_that_of_the_evaluation_and_of_the_page_where_they_di
     assert "written elsewhere, or by other versions" in shown()
     evaluated_by(run, nm="1.0")
     assert "evaluated: dense, structured" in shown() and "evaluated: N:M" in shown()
+
+
+def test_models_without_masks_have_their_layers_too(run):
+    dense = {"eligible": False, "pattern": "dense", "compliance": None, "position_balance": None, "groups": 0}
+    dense |= {"pattern_shares": None, "tensor_core_ready": False}
+    first = layer("conv_in", **dense, reason="first convolution, kept dense", density=1.0)
+    run.write_layers([first, layer("mid", **dense, reason=NOT_MASKED, density=0.5)], "dense")
+    found = text_of(section(page_of(run), "sparsity"))
+    assert "dense Nothing is masked; density 75.0%. 1 of 2 layers are eligible for N:M masks." in found
+    assert "1 layer: first convolution, kept dense" in found and "All 2 layers" in found
+    assert "structured" not in found and "N:M Pattern 2:4" in found, "older runs recorded those of the masks alone"
 
 
 def test_hostile_text_is_text_everywhere(tmp_path):
