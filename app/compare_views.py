@@ -20,7 +20,7 @@ MORE = "compare_more"  # runs whose curves are shown beside those of the models
 # --- judging in the background ---------------------------------------------------------------------
 def alike(chosen: list[Judged]) -> bool:
     """Whether the figures of quality hold for the same conditions."""
-    return len({axis.conditions(one) for axis in comparison.QUALITIES[:1] for one in chosen}) <= 1
+    return len(comparison.grouped(chosen, comparison.QUALITIES[0].conditions)) <= 1
 
 
 def judged_alike(keys: list[str], mode: str, known: Known) -> tuple[dict[str, Judged] | None, Task | None]:
@@ -176,19 +176,19 @@ def to_run(key: str) -> None:
 
 def latency(keys: list[str], found: dict[str, Judged]) -> None:
     """A bar for each model that was timed under the same conditions, with its spread."""
-    groups: dict[tuple, list[str]] = {}
-    for key in keys:
-        if found[key].get("latency_ms") is not None:
-            groups.setdefault(tuple(found[key].get(c) for c in comparison.TIMED), []).append(key)
-    for (device, dtype, batch), own in groups.items():
+    timed = [key for key in keys if found[key].get("latency_ms") is not None]
+    by_model = {id(found[key]): key for key in timed}
+    groups = comparison.grouped([found[key] for key in timed], figures.ALIKE["latency_ms"])
+    for members in groups:
+        own = [by_model[id(one)] for one in members]
         names = short_names(own)
         values = {charts.plain(names[key]): found[key].get("latency_ms") for key in own}
         spread = [_spread(found[key]) for key in own]
-        title, where = "Latency of a UNet call, ms (measured)", f"{device}, {dtype}, batch {batch}"
+        title, where = "Latency of a UNet call, ms (measured)", figures.timed_on(members)
         drawn = model_charts.bars(values, [found[key].variant for key in own], f"{title}<br><sup>{where}</sup>", spread)
         said = ", ".join(f"{names[key]} {found[key].get('latency_ms'):.3g}" for key in own)
         st.plotly_chart(drawn, key=f"latency {where}", alt=f"{title} ({where}): {said}")
-    if len({found[key].get("speed_session") for own in groups.values() for key in own}) > 1:
+    if len({found[key].get("speed_session") for key in timed}) > 1:
         st.caption("Timed at different times: the machine may have drifted. Judge them alike to time them in turn.")
 
 

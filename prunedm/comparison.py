@@ -1,7 +1,8 @@
 """Any set of judged models side by side: differences from dense, efficiency, Pareto fronts.
 
 Two figures are compared only where they hold for the same conditions: the same extractor, number of images,
-sampler, steps and seed for quality; the same device, dtype and batch for time. Knows no torch.
+sampler, steps and seed and the same real images for quality; the same machine, device, dtype and batch for time.
+Knows no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from .records import VARIANT_LABELS
 from .store import Run, find, is_run
 
-SAMPLED = ("sampler", "steps", "eta", "seed", "extractor", "data")
+SAMPLED = ("sampler", "steps", "eta", "seed", "extractor")
 TIMED = ("device", "dtype", "batch")
 
 
@@ -25,8 +26,12 @@ TIMED = ("device", "dtype", "batch")
 class Judged:
     """One model with all that was found of it.
 
-    figures: ``records.Evaluation`` as a dict. layers: ``records.LayerReport`` as dicts; empty where the model has
-    no N:M layers. dense: the figures that differences are taken from, its own dense model's; None for a dense one.
+    figures: ``records.Evaluation`` as a dict. layers: ``records.LayerReport`` as dicts; empty where none
+    were looked at. dense: the figures that differences are taken from, its own dense model's; None for a dense one.
+
+    How to judge it again, where a run did not record it itself. source: what the commands find the model by, from any
+    folder. asked: their options beside those that the figures record; None where nothing was asked for. beside: the
+    run whose real images it was judged by.
     """
 
     label: str
@@ -36,6 +41,9 @@ class Judged:
     layers: list[dict[str, Any]] = field(default_factory=list)
     sheet: Path | None = None
     dense: dict[str, Any] | None = None
+    source: str = ""
+    asked: tuple[str, ...] | None = None
+    beside: Run | None = None
 
     def get(self, key: str) -> Any:
         """A figure by its name, ``sizes.packed_fp16`` for a nested one; None when absent."""
@@ -86,13 +94,13 @@ def recorded(sources: Sequence[str], runs_dir: Path) -> list[Judged] | None:
 def without_repeats(judged: Sequence[Judged]) -> list[Judged]:
     """The dense model once for runs that share it: the first of those with the same quality figures."""
     found: list[Judged] = []
-    seen: set[tuple] = set()
+    seen: list[tuple] = []
     for one in judged:
         if one.variant == "dense":
             same = (one.get("validation_loss"), one.get("fid"), one.get("parameters"), _sampled(one))
             if same in seen:
                 continue
-            seen.add(same)
+            seen.append(same)
         found.append(one)
     return found
 
@@ -108,13 +116,42 @@ class Axis:
     conditions: Callable[[Judged], tuple]
 
 
+@dataclass(frozen=True, eq=False)
+class Told:
+    """A condition that older records only name: alike if ``sure`` is, or, where one lacks it, if ``said`` is.
+
+    An older record may be like two that differ, so this is no key: :func:`grouped` compares each with each.
+    """
+
+    sure: Any
+    said: Any = None
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Told):
+            return NotImplemented
+        return self.said == other.said if None in (self.sure, other.sure) else self.sure == other.sure
+
+
+def real_images(one: Judged) -> Told:
+    """The real images by their content, else by the name of the data set: two folders may share one."""
+    return Told(one.get("sampling.digest"), one.get("sampling.data"))
+
+
+def machine(one: Judged) -> Told:
+    """Where a model was timed."""
+    return Told((one.get("host"), one.get("processor")) if one.get("host") else None)
+
+
 def _sampled(one: Judged) -> tuple:
     sampling = one.get("sampling") or {}
-    return (one.get("fid_extractor"), one.get("fid_images"), *(sampling.get(key) for key in SAMPLED))
+    how = (sampling.get(key) for key in SAMPLED)
+    return (one.get("fid_extractor"), one.get("fid_images"), *how, real_images(one))
 
 
 def _timed(one: Judged) -> tuple:
-    return tuple(one.get(key) for key in TIMED)
+    return (*(one.get(key) for key in TIMED), machine(one))
 
 
 def _validated(one: Judged) -> tuple:
@@ -123,7 +160,7 @@ def _validated(one: Judged) -> tuple:
     Records from before it was kept are of models that predict the noise.
     """
     task = (one.get("timesteps"), one.get("prediction_type") or "epsilon")
-    return (one.get("validation_images"), *(one.get(f"sampling.{key}") for key in ("data", "seed")), *task)
+    return (one.get("validation_images"), one.get("sampling.seed"), *task, real_images(one))
 
 
 def _always(one: Judged) -> tuple:
@@ -150,6 +187,18 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     ]
 
 
+def grouped(judged: Sequence[Judged], conditions: Callable[[Judged], Any]) -> list[list[Judged]]:
+    """The models in groups within which any two agree in their conditions, in the order given."""
+    groups: list[list[Judged]] = []
+    for one in judged:
+        own = conditions(one)
+        group = next((group for group in groups if all(conditions(other) == own for other in group)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(one)
+    return groups
+
+
 @dataclass
 class Plot:
     """Models that may be compared on two axes, and which are on the front."""
@@ -166,14 +215,15 @@ def pareto(judged: Sequence[Judged]) -> list[Plot]:
     plots = []
     for cost in COSTS:
         for quality in QUALITIES:
-            groups: dict[tuple, list[Judged]] = {}
-            for one in judged:
-                if one.get(cost.key) is not None and one.get(quality.key) is not None:
-                    groups.setdefault((*cost.conditions(one), *quality.conditions(one)), []).append(one)
-            for conditions, members in groups.items():
+            known = [one for one in judged if one.get(cost.key) is not None and one.get(quality.key) is not None]
+
+            def both(one: Judged, axes: tuple[Axis, Axis] = (cost, quality)) -> tuple:
+                return tuple(axis.conditions(one) for axis in axes)
+
+            for members in grouped(known, both):
                 if len(members) > 1:
                     kept = front([(m.get(cost.key), m.get(quality.key)) for m in members])
-                    plots.append(Plot(cost, quality, members, kept, conditions))
+                    plots.append(Plot(cost, quality, members, kept, both(members[0])))
     return plots
 
 

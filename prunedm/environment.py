@@ -54,7 +54,7 @@ def machine() -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "system": f"{platform.system()} {platform.release()}",
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "processor": processor(),
         "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "gpu": ", ".join(gpus) or "none",
     }
@@ -100,6 +100,11 @@ def _disk_checks(runs_dir: Path) -> list[Check]:
         Check("disk", free > 1, f"{free:.1f} GiB free for {runs_dir}", "free some space or use --runs-dir"),
         Check("runs folder", writable, "writable" if writable else "not writable", "use --runs-dir"),
     ]
+
+
+def processor() -> str:
+    """The processor's name and how many cores this machine has, in words."""
+    return f"{_processor()}, {os.cpu_count()} cores"
 
 
 def _processor() -> str:

@@ -7,6 +7,7 @@ always measured here, interleaved with that of the other variants.
 from __future__ import annotations
 
 import dataclasses
+import socket
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bundled, data, latency, parallel, pattern, sizes, subject, unet
+from . import bundled, data, environment, latency, parallel, pattern, provenance, sizes, subject, unet
 from .masked_unet import EXCLUDED
 from .quality import Judge, Target
 from .recipe import Recipe
-from .records import Evaluation, LayerReport, Step
+from .records import NOT_MASKED, Evaluation, LayerReport, Step
 from .stage_recipes import parse_pattern
 from .store import Run, write_atomic
 
@@ -67,7 +68,7 @@ def _layer_row(name: str, weight: Tensor, text: str | None) -> LayerReport:
     density = pattern.density(weight)
     if text is None:
         excluded = next((why for prefix, why in EXCLUDED.items() if name.startswith(prefix)), None)
-        reason = excluded or pattern.ineligible(weight.shape, 4) or "not masked"
+        reason = excluded or pattern.ineligible(weight.shape, 4) or NOT_MASKED
         return LayerReport(name, kind, shape, False, reason, density=density)
     n, m = parse_pattern(text)
     groups = pattern.group(weight, m)
@@ -127,6 +128,7 @@ def speed_figures(rows: list[latency.Speed], session: str) -> dict[str, dict[str
             call = min(calls, key=lambda c: abs(c.batch - latency.BATCH))
             found[name] |= {"latency_ms": call.median, "latency_ms_p10": call.p10, "latency_ms_p90": call.p90}
             found[name] |= {"device": call.device, "dtype": call.dtype, "batch": call.batch}
+            found[name] |= {"host": socket.gethostname(), "processor": environment.processor()}
     return found
 
 
@@ -154,7 +156,10 @@ def evaluate(run: Run, recipe: Recipe, images: data.Images, device: torch.device
                 for i, found in enumerate(judge.quality(target)):
                     yield Step("evaluate", done + i + 1, total)
             found = found | sparsity(target.model.unet, target.patterns)
+            found |= {"made_by": provenance.of(target.place, device)}
             results[name] = dataclasses.replace(figures, **found).as_dict()
+            if name != "nm":  # whose layers stage 2 reported
+                run.write_layers([dataclasses.asdict(row) for row in layer_rows(target.model.unet, {})], name)
             run.write_evaluation(results)
         done += each[name]
         yield Step("evaluate", done, total)

@@ -132,6 +132,23 @@ def where(one: Judged) -> str:
     return ", ".join(str(part) for part in parts if part) or "device not recorded"
 
 
+def machine(one: Judged) -> str:
+    """The machine that a latency was taken on, in words; empty where none is recorded."""
+    return f"on {one.get('host')} ({one.get('processor')})" if one.get("host") else ""
+
+
+def timed_on(judged: Sequence[Judged]) -> str:
+    """The conditions of the latencies of models that agree in them, with the machine where one of them names it."""
+    named = next((one for one in judged if machine(one)), judged[0])
+    return ", ".join(part for part in (where(named), machine(named)) if part)
+
+
+def real_images(one: Judged) -> str:
+    """The real images' name and the beginning of the digest of their content; empty where none are recorded."""
+    name, digest = one.get("sampling.data"), one.get("sampling.digest")
+    return _name(f"real images {name}", str(digest)[:8] if digest else "") if name else ""
+
+
 def plain_call(one: Judged) -> dict[str, Any]:
     """The row of ``speed`` that the plain latency is taken from; empty where there is none."""
     rows = [row for row in one.get("speed") or [] if row.get("way") == "eager" and row.get("batch") == one.get("batch")]
@@ -193,17 +210,26 @@ def rows(judged: Sequence[Judged]) -> list[tuple[str, list[str]]]:
     return found
 
 
+# What a row's name does not say unless it must: how models agree in it, and the words for it.
+UNSAID = dict.fromkeys(("validation_loss", "fid", "kid", "precision", "recall", "isc"), "real images")
+UNSAID |= dict.fromkeys(("latency_ms", "memory"), "machine")
+UNSAID_BY = {"real images": (comparison.real_images, real_images), "machine": (comparison.machine, machine)}
+
+
 def _told_apart(row: Row, judged: Sequence[Judged], names: list[str | None]) -> list[str | None]:
-    """Names that also say the real images where models judged by different ones would share a row."""
-    if ALIKE.get(row.key) not in (comparison.QUALITIES[0].conditions, comparison.QUALITIES[1].conditions):
+    """Names that also say the real images or the machine where models of others would share a row."""
+    if row.key not in UNSAID:
         return names
-    by: dict[str | None, set[Any]] = {}
-    for name, one in zip(names, judged):
-        by.setdefault(name, set()).add(one.get("sampling.data"))
-    return [
-        f"{name}, real images: {one.get('sampling.data')}" if name is not None and len(by[name]) > 1 else name
-        for name, one in zip(names, judged)
-    ]
+    agree, words = UNSAID_BY[UNSAID[row.key]]
+    told = list(names)
+    for name in {name for name in names if name is not None}:
+        places = {id(one): i for i, one in enumerate(judged) if names[i] == name}
+        groups = comparison.grouped([judged[i] for i in places.values()], agree)
+        for own in groups if len(groups) > 1 else []:
+            said = next((words(one) for one in own if words(one)), "")
+            for one in own:
+                told[places[id(one)]] = f"{name}, {said or f'{UNSAID[row.key]} not recorded'}"
+    return told
 
 
 def _value(one: Judged, key: str) -> Any:
@@ -241,6 +267,7 @@ CONDITIONS: tuple[tuple[str, Callable[[Judged], Any]], ...] = (
     ("images for the kernel figures", lambda one: one.get("kernel_images")),
     ("held-out images", lambda one: one.get("validation_images")),
     ("real images", lambda one: one.get("sampling.data")),
+    ("real images' content (sha256)", lambda one: one.get("sampling.digest")),
     ("extractor", extractor_of),
     ("extractor's weights (sha256)", lambda one: one.get("sampling.weights")),
     ("sampler", lambda one: one.get("sampling.sampler")),
@@ -250,6 +277,8 @@ CONDITIONS: tuple[tuple[str, Callable[[Judged], Any]], ...] = (
     ("device", lambda one: one.get("device")),
     ("dtype", lambda one: one.get("dtype")),
     ("batch", lambda one: one.get("batch")),
+    ("host", lambda one: one.get("host")),
+    ("processor", lambda one: one.get("processor")),
     ("threads", lambda one: plain_call(one).get("threads")),
     ("timed calls", lambda one: plain_call(one).get("rounds")),
     ("timing session", lambda one: one.get("speed_session")),
@@ -260,13 +289,13 @@ def held(one: Judged) -> str:
     """What a model's quality and latency hold for, in one sentence without its full stop."""
     parts = []
     if one.get("fid") is not None:
-        images, real = f"{one.get('fid_images')} images", one.get("sampling.data")
-        how = ", ".join(part for part in (images, sampled(one), f"real images {real}" if real else "") if part)
+        images = f"{one.get('fid_images')} images"
+        how = ", ".join(part for part in (images, sampled(one), real_images(one)) if part)
         parts.append(f"{names_of(one)['fid']}, {names_of(one)['kid']}: {how}")
     if one.get("validation_loss") is not None:
         parts.append(f"validation loss: {_validated(one) or 'images not recorded'}")
     if one.get("latency_ms") is not None:
-        parts.append(f"time of a UNet call: {where(one)}")
+        parts.append(f"time of a UNet call: {timed_on([one])}")
     return "; ".join(parts) or "nothing was judged"
 
 
@@ -277,7 +306,8 @@ def holds_for(plot: comparison.Plot) -> str:
         parts = [f"{one.get('fid_images')} images", sampled(one)]
     else:
         parts = [f"{one.get('validation_images')} held-out images" if one.get("validation_images") else ""]
-    parts += [where(one)] if plot.cost.key == "latency_ms" else []
+    parts.append(real_images(one))
+    parts += [timed_on(plot.judged)] if plot.cost.key == "latency_ms" else []
     return ", ".join(str(part) for part in parts if part)
 
 
@@ -286,6 +316,7 @@ def label_of(one: Judged) -> str:
 
 
 RARE = {"images for the kernel figures", "held-out images", "real images", "extractor's weights (sha256)", "eta"}
+RARE |= {"real images' content (sha256)", "host", "processor"}
 RARE |= {"threads", "timed calls", "timing session"}  # older runs recorded none of these
 
 

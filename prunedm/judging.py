@@ -26,22 +26,20 @@ from . import (
     extractors,
     latency,
     onnx_export,
+    provenance,
     semi_structured,
-    store,
-    subject,
     unet,
 )
 from .comparison import Judged
 from .extractors import Extractor
+from .judge_entries import Entry, JudgeError
+from .judge_entries import entries as entries  # the first of two calls: judge(entries(...), ...)
 from .quality import Judge, Target
 from .recipe import Data, Eval, merge
 from .recipe import build as build_recipe
-from .records import VARIANT_LABELS
-from .stage_recipes import Pattern
 from .subject import Subject
 
 VERSION, SPEED_VERSION = 1, 2
-READ_AS = Pattern(2, 4)  # what the layers of models that claim nothing are looked at as
 MODES = ("standard", "quick", "full")
 QUICK, FULL = {"images": 128, "steps": 10, "noise_floor": False}, {"images": 2048}
 QUICK_ROUNDS = 9
@@ -52,10 +50,6 @@ BATCHES = {"quick": (latency.BATCH,), "standard": latency.BATCHES, "full": laten
 DEFAULT_WAYS = {"quick": ("eager",), "standard": ("eager",), "full": ("eager", "channels_last")}
 
 Progress = Callable[[str, int, int], None]
-
-
-class JudgeError(ValueError):
-    """A judgement that cannot be made as asked, in one line."""
 
 
 @dataclass
@@ -84,111 +78,17 @@ class Request:
         mode = {"quick": QUICK, "full": FULL}.get(self.mode, {})
         return build_recipe({"eval": merge(merge(base.model_dump(), mode), self.changes)}).eval
 
-
-@dataclass
-class Entry:
-    """One model to judge: its label, where its results go, and the figures and sheet of its dense model."""
-
-    label: str
-    subject: Subject
-    home: Path
-    variant: str | None = None
-    run: store.Run | None = None
-    dense: Entry | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        return subject.fingerprint(self.subject.place)
+    def options(self, entry: Entry) -> tuple[str, ...]:
+        """What the commands must be given to judge the model so again, beside what its figures record."""
+        dense = entry.dense.source if entry.run is None and entry.dense is not None else ""
+        images = data.absolute(Data(source=self.data)) if self.data else ""
+        given = {"--data": images, "--dense": dense, "--ways": ",".join(self.ways)}
+        given["--device"] = "" if self.device == "auto" else self.device
+        mode = () if self.mode == "standard" else (f"--{self.mode}",)
+        return (*mode, *(word for name, value in given.items() if value for word in (name, value)))
 
 
-# --- what to judge -----------------------------------------------------------------------------
-def entries(sources: list[str], runs_dir: Path, dense: str | None = None) -> list[Entry]:
-    """All variants of each run, the one of ``RUN/variant``, or the model of a folder; in the order given.
-
-    dense: the dense model of those that are no runs. ValueError in one line for what cannot be loaded.
-    """
-    base = None
-    if dense is not None:
-        found = subject.find(dense, None, runs_dir, READ_AS, strict=False)
-        base = Entry(f"{dense} (dense)", found, _home(found), "dense")
-    made: list[Entry] = []
-    loaded: dict[str, Entry] = {}
-    for source in sources:
-        made += _of_source(source, runs_dir, base, loaded)
-    if base is not None and any(entry.dense is base for entry in made):
-        made.insert(0, base)
-    _lend_images(made)
-    return _told_apart(made)
-
-
-def _lend_images(made: list[Entry]) -> None:
-    """A model that is of no run is judged by the real images of the runs beside it: by others it would not compare.
-
-    Of the runs that draw images of its shape, where these agree.
-    """
-    known = [(e.subject.model.image_shape, e.subject.data) for e in made if e.run is not None and e.subject.data]
-    for entry in made:
-        if entry.run is None and entry.subject.data is None:
-            fit = [data for shape, data in known if shape == entry.subject.model.image_shape]
-            if fit and all(_same_images(data, fit[0]) for data in fit):
-                entry.subject.data = fit[0]
-
-
-def _same_images(a: Data, b: Data) -> bool:
-    training = {"batch_size", "flip"}  # change no image that is judged by
-    return a.model_dump(exclude=training) == b.model_dump(exclude=training)
-
-
-def _told_apart(made: list[Entry]) -> list[Entry]:
-    """Each model once, under a label of its own: folders of one name get a number."""
-    found: dict[str, Entry] = {}
-    for entry in made:
-        if any(entry is other for other in found.values()):
-            continue
-        label, number = entry.label, 2
-        while entry.label in found:
-            entry.label, number = f"{label} ({number})", number + 1
-        found[entry.label] = entry
-    return list(found.values())
-
-
-def _of_source(source: str, runs_dir: Path, base: Entry | None, loaded: dict[str, Entry]) -> list[Entry]:
-    """The models of one source. ``loaded``: what was loaded of runs already, by ``RUN/variant``."""
-    run_id, _, tail = source.partition("/")
-    if not store.is_run(runs_dir, run_id):
-        found = subject.find(source, None, runs_dir, READ_AS, strict=False)
-        return [Entry(_name(source, found), found, _home(found), dense=base)]
-    run = store.find(runs_dir, run_id)
-    run.state()  # refuses a run of a later version, whose files may mean something else
-    finished = run.variants()
-    if not finished or (tail and tail not in finished):
-        known = ", ".join(finished) or "none yet"
-        raise JudgeError(f"{source}: run {run_id} has the variants {known}; name one of them")
-    return [_of_variant(run, name, loaded) for name in ([tail] if tail else finished)]
-
-
-def _of_variant(run: store.Run, name: str, loaded: dict[str, Entry]) -> Entry:
-    """A variant of a run with its dense model, each loaded once."""
-    key = f"{run.id}/{name}"
-    if key not in loaded:
-        dense = _of_variant(run, "dense", loaded) if name != "dense" else None
-        found = subject.find(run.id, name, run.folder.parent, READ_AS, strict=False)
-        if name != "nm":
-            found.patterns = {}  # what happens to look like N:M is none
-        label, home = f"{run.id} {VARIANT_LABELS[name]}", run.folder / "evaluations"
-        loaded[key] = Entry(label, found, home, name, run, dense)
-    return loaded[key]
-
-
-def _name(source: str, found: Subject) -> str:
-    """A short name of a model that is no run: its folder's, or the hub id."""
-    return found.place.name if Path(source).expanduser().exists() else source
-
-
-def _home(found: Subject) -> Path:
-    return cache.folder("evaluations") / subject.fingerprint(found.place)
-
-
+# --- judging -----------------------------------------------------------------------------------
 def common_settings(found: list[Entry], request: Request) -> Eval:
     """One setting for all: that of the runs' recipes where they agree, else the defaults, with what was asked for."""
     known = {entry.run.id: entry.run.recipe().eval for entry in found if entry.run is not None}
@@ -196,7 +96,6 @@ def common_settings(found: list[Entry], request: Request) -> Eval:
     return request.settings(next(iter(known.values())) if agree else Eval())
 
 
-# --- judging -----------------------------------------------------------------------------------
 def judge(found: list[Entry], request: Request, tell: Progress = lambda text, done, of: None) -> list[Judged]:
     """Every figure of every model, from what is kept or measured now. ``tell``: what is done, steps of steps."""
     session = Session(common_settings(found, request), request, unet.resolve_device(request.device), tell)
@@ -212,7 +111,8 @@ def judge(found: list[Entry], request: Request, tell: Progress = lambda text, do
         results[id(entry)].figures |= speeds[entry.label]
     for entry, one in zip(found, listed):
         one.dense = results[id(entry.dense)].figures if entry.dense is not None else None
-    _into_runs(found, speeds, request)
+    if all(session.holds(entry) for entry in found):  # no speed of another device or model beside a run's figures
+        _into_runs(found, speeds, request)
     return listed
 
 
@@ -254,19 +154,21 @@ class Session:
         figures, sheet = self._known(entry)
         if figures is None:
             figures, sheet = self._kept_or_made(entry, dense)
-        layers = [dataclasses.asdict(row) for row in evaluate.layer_rows(model.unet, patterns)] if patterns else []
-        return Judged(entry.label, dict(figures), entry.variant, entry.run, layers, sheet)
+        layers = [dataclasses.asdict(row) for row in evaluate.layer_rows(model.unet, patterns)]
+        one = Judged(entry.label, dict(figures), entry.variant, entry.run, layers, sheet)
+        one.source, one.asked, one.beside = entry.source, self.request.options(entry), entry.lender
+        return one
 
     def _known(self, entry: Entry) -> tuple[dict[str, Any] | None, Path | None]:
         """Figures and sheet that are there already: a run's own, or the bundled dense model's shipped ones."""
         wanted, given = _alike(self.settings), self.request.data
         recipe = entry.run.recipe() if entry.run is not None else None
         if recipe is not None and given is None and _alike(recipe.eval) == wanted:
-            own, sheet = entry.run.evaluation().get(entry.variant, {}), entry.run.sheet(entry.variant)
-            if own.get("sizes") and sheet.exists():
+            own, sheet = _own(entry), entry.run.sheet(entry.variant)
+            if own.get("sizes") and sheet.exists() and self.holds(entry):
                 return own, sheet
         source, images = entry.subject.name, given or (entry.subject.data or Data()).source
-        if recipe is not None and entry.variant == "dense":
+        if recipe is not None and entry.variant == "dense" and provenance.is_of(_own(entry), entry.fingerprint):
             source = recipe.model.source
         found = bundled.evaluation(self.settings)
         if found is None or (source, images) != (bundled.NAME, bundled.NAME):
@@ -274,6 +176,11 @@ class Session:
         target = Target(entry.subject.model, entry.subject.place, bundled.sheet(self.settings))
         figures = dataclasses.replace(evaluate.counts(target), **bundled.figures(found))
         return figures.as_dict(), target.sheet
+
+    def holds(self, entry: Entry) -> bool:
+        """Whether what a run recorded is still of its files (and its dense model's), on this device and torch."""
+        of = [one for one in (entry, entry.dense) if one is not None and one.run is not None]
+        return all(provenance.holds(_own(one), one.fingerprint, self.device) for one in of)
 
     def _kept_or_made(self, entry: Entry, dense: Judged | None) -> tuple[dict[str, Any], Path | None]:
         """Figures and sheet from an earlier judgement of the same, or made now and kept."""
@@ -286,6 +193,7 @@ class Session:
             target.is_dense, target.info = entry.dense is None, {"model": entry.label}
             found = self._quality(entry, target, images) if images is not None else {}
             found |= evaluate.sparsity(entry.subject.model.unet, patterns)
+            found |= {"made_by": provenance.of(entry.subject.place, self.device)}
             figures = dataclasses.replace(evaluate.counts(target), **found).as_dict()
             figures |= {"quality_absent": absent} if absent else {}
             cache.write_record(entry.home, key, figures)
@@ -307,6 +215,11 @@ class Session:
         dense = entry.dense.fingerprint if entry.dense else None
         patterns = sorted(entry.subject.patterns.items())
         return cache.digest(VERSION, entry.fingerprint, dense, patterns, judged_by, self.device.type, torch.__version__)
+
+
+def _own(entry: Entry) -> dict[str, Any]:
+    """What the model's run recorded of it."""
+    return entry.run.evaluation().get(entry.variant, {})
 
 
 def _alike(settings: Eval) -> Eval:

@@ -33,6 +33,9 @@ def labels(name: str) -> dict[str, str]:
     return found | ({"kid": f"KD{suffix}", "isc": f"IS{suffix}"} if suffix else {"kid": "KID", "isc": "ISC"})
 
 
+NOT_MASKED = "eligible, but not masked"  # the reason of a layer that only its model leaves dense
+
+
 @dataclass
 class Step:
     """One step of one stage. ``values`` holds the stage's own scalars (loss, rate, entropy...)."""
@@ -82,8 +85,10 @@ class Evaluation:
     and feature_distance to the dense model's first ``pairs`` samples of the same seeds.
 
     Speed, measured. latency_ms: median of one UNet call on ``device`` at ``dtype`` and ``batch``, with the 10th
-    and 90th percentile; speed: a row for each way and batch size (``latency.Speed``); speed_session: models
-    with the same one were timed in turn, so that drift fell on all.
+    and 90th percentile, on the machine ``host`` with this ``processor``; speed: a row for each way and batch size
+    (``latency.Speed``); speed_session: models with the same one were timed in turn, so that drift fell on all.
+
+    made_by: of which files, on which device and machine and by which versions (``provenance.of``).
     """
 
     parameters: int
@@ -129,8 +134,11 @@ class Evaluation:
     device: str | None = None
     dtype: str | None = None
     batch: int | None = None
+    host: str | None = None
+    processor: str | None = None
     speed: list[dict[str, Any]] | None = None
     speed_session: str | None = None
+    made_by: dict[str, Any] | None = None
     pattern: str | None = None
     compliance: float | None = None
     masked_layers: int | None = None

@@ -101,7 +101,7 @@ def sentences(own: Sequence[Judged]) -> list[str]:
 
 
 # --- CSV -------------------------------------------------------------------------------------
-SAMPLING = ("sampler", "steps", "eta", "seed", "extractor", "weights", "data")
+SAMPLING = ("sampler", "steps", "eta", "seed", "extractor", "weights", "data", "digest")
 PLAIN = tuple(f.name for f in dataclasses.fields(Evaluation) if "dict" not in str(f.type) and "list" not in str(f.type))
 FRONTS = {f"front.{q.key}.{c.key}": (q.key, c.key) for q in comparison.QUALITIES for c in comparison.COSTS}
 COLUMNS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from . import comparison, report, report_costs, report_runs, report_sections
+from . import comparison, report, report_again, report_costs, report_runs, report_sections
 from .comparison import Judged
 from .report_html import Html, join, missing, page, paragraph
 from .report_sections import BROKEN, Page, said
@@ -19,7 +19,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Page], Html | None]], ...] = (
     ("faithfulness", "Faithfulness to the dense model", report_sections.faithfulness),
     ("loss", "Loss by timestep", report_sections.loss_bins),
     ("training", "Training", report_runs.training),
-    ("sparsity", "N:M layers", report_runs.sparsity),
+    ("sparsity", "Layers", report_runs.sparsity),
     ("choices", "Initial masks and patterns", report_runs.choices),
     ("speed", "Speed", report_costs.speed),
     ("sizes", "Sizes", report_costs.sizes),
@@ -28,7 +28,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Page], Html | None]], ...] = (
     ("recipe", "Recipe", report_runs.recipes),
     ("lineage", "Lineage", report_runs.lineage),
     ("environment", "Environment", report_runs.surroundings),
-    ("reproduce", "How to make each figure again", report_runs.reproduce),
+    ("reproduce", "How to make each figure again", report_again.reproduce),
 )
 
 

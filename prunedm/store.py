@@ -3,7 +3,7 @@
 ::
 
     runs/<id>/  recipe.yaml  state.json  metrics.jsonl  events.jsonl  mask-layers.jsonl  log.txt[.1 .2 .3]
-                system.jsonl  layers.json  allocation.json  evaluation.json
+                system.jsonl  layers[-variant].json  allocation.json  evaluation.json
                 masks/*.npz  samples/*.png  checkpoints/*.safetensors  variants/<name>/...  report.html
 
 JSON files are replaced atomically; JSONL files only grow (``system.jsonl`` is thinned), and a line that a
@@ -289,9 +289,9 @@ class Run:
     def write_evaluation(self, value: dict[str, dict[str, Any]]) -> None:
         write_json(self.folder / "evaluation.json", value)
 
-    def layers(self) -> list[dict[str, Any]]:
-        """The layer report of stage 2; empty before it."""
-        path = self.folder / "layers.json"
+    def layers(self, variant: str = "nm") -> list[dict[str, Any]]:
+        """The layer report of stage 2, or of another variant from its evaluation; empty before it."""
+        path = self._layers_path(variant)
         found = read_json(path) if path.exists() else []
         if not isinstance(found, list) or not _all_have(
             found, {f.name for f in dataclasses.fields(LayerReport) if f.default is dataclasses.MISSING}
@@ -299,8 +299,11 @@ class Run:
             raise StoreError(f"{path} is damaged; restore it or run the recipe again")
         return found
 
-    def write_layers(self, value: list[dict[str, Any]]) -> None:
-        write_json(self.folder / "layers.json", value)
+    def write_layers(self, value: list[dict[str, Any]], variant: str = "nm") -> None:
+        write_json(self._layers_path(variant), value)
+
+    def _layers_path(self, variant: str) -> Path:
+        return self.folder / ("layers.json" if variant == "nm" else f"layers-{variant}.json")
 
     def allocation(self) -> dict[str, Any]:
         """The budgeted allocation of patterns (allocate.py); empty when the recipe asks for none."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunedm import comparison
+from prunedm import comparison, figures
 from prunedm.comparison import Judged
 
 SAMPLING = {"sampler": "ddim", "steps": 25, "eta": 0.0, "seed": 0, "extractor": "bundled", "data": "images"}
@@ -50,6 +50,40 @@ def test_pareto_compares_only_what_holds_for_the_same_conditions():
     assert by_axes["validation_loss", "latency_ms"] == ["a", "b"]
     assert by_axes["fid", "nonzero_parameters"] == ["a", "b"], "latency, parameters, MACs and bytes are all costs"
     assert comparison.pareto([judged(DENSE)]) == [], "one model has nothing to be compared with"
+
+
+def fronts_of(*given):
+    """Axes of each plot, and the models on it."""
+    plots = comparison.pareto([judged(one, str(i)) for i, one in enumerate(given)])
+    return {(plot.quality.key, plot.cost.key): "".join(one.label for one in plot.judged) for plot in plots}
+
+
+def by_images(**changes):
+    return SMALL | {"sampling": SAMPLING | changes}
+
+
+def test_folders_of_one_name_are_other_images():
+    a, b = (by_images(data="train", digest=digest) for digest in ("aa", "bb"))
+    assert fronts_of(a, b) == {}, "neither distance nor loss is over the same images"
+    assert comparison.efficiency(judged(a, dense=b))["fid"] is None
+    assert comparison.efficiency(judged(a, dense=b))["validation_loss"] is None
+    labels = [label for label, _ in figures.rows([judged(a, "a"), judged(b, "b")]) if label.startswith(("FD", "Valid"))]
+    assert len(labels) == 4 and sum("real images train (aa)" in label for label in labels) == 2
+    assert fronts_of(a, by_images(data="copy", digest="aa"))["fid", "macs"] == "01", "the same images elsewhere"
+    old = by_images(data="train")
+    assert fronts_of(old, a)["fid", "macs"] == fronts_of(b, old)["fid", "macs"] == "01", "older records have names only"
+    assert fronts_of(old, a, b)["fid", "macs"] == "01", "one that may be either joins no two that differ"
+
+
+def test_two_machines_share_no_front_of_latency():
+    here, there = (SMALL | {"host": host, "processor": "same"} for host in ("one", "two"))
+    assert ("fid", "latency_ms") not in fronts_of(here, there) and fronts_of(here, there)["fid", "macs"] == "01"
+    assert ("fid", "latency_ms") not in fronts_of(here, here | {"processor": "another"})
+    assert fronts_of(here, SMALL)["fid", "latency_ms"] == "01", "older records name no machine"
+    assert comparison.efficiency(judged(here, dense=there))["latency"] is None
+    rows = [label for label, _ in figures.rows([judged(here), judged(there)]) if label.startswith("Latency")]
+    assert len(rows) == 2 and "on one (same)" in rows[0] and "on two (same)" in rows[1]
+    assert not [label for label, _ in figures.rows([judged(here)]) if "on one" in label]
 
 
 def test_absent_figures_keep_a_model_off_the_plot():

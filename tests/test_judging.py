@@ -1,7 +1,10 @@
 """Runs, folders and packed files judged alike, through the commands as a user gives them."""
 
 import csv
+import html
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -66,6 +69,9 @@ def test_a_runs_own_figures_are_not_computed_again_and_gain_speed(runs, ids, cap
         }
         assert {row["batch"] for row in figures["speed"]} == {1, 2}
     assert len({one["figures"]["speed_session"] for one in found}) == 1, "timed in turn"
+    for one in found[:2]:  # as the run's evaluation recorded them
+        assert one["layers"] == store.find(runs, ids[0]).layers(one["variant"]) and len(one["layers"]) > 9
+        assert all(row["density"] > 0.9 and row["reason"] and not row["eligible"] for row in one["layers"])
     after = store.find(runs, ids[0]).evaluation()
     assert {row["batch"] for row in after["nm"]["speed"]} == {1, 2} and after["nm"]["fid"] == before["nm"]["fid"]
 
@@ -154,6 +160,49 @@ def test_folders_of_one_name_and_a_run_given_twice_are_told_apart(runs, ids, tmp
     assert found[3].dense is found[2] and found[4].dense is found[2], "each model is loaded once"
 
 
+def printed(page, *verbs):
+    """The commands of these verbs in a page's section on how to make its figures again."""
+    cells = page.read_text().split('<section id="reproduce">')[1].split("</section>")[0]
+    found = [html.unescape(re.sub("<[^>]+>", "", cell)) for cell in re.findall("<code>.*?</code>", cells)]
+    words = [shlex.split(text)[3:] for text in dict.fromkeys(found)]
+    return [words for words in words if words[0] in verbs and "--measure" not in words]
+
+
+def test_the_printed_commands_judge_a_folder_again_from_anywhere(
+    tmp_path, capsys, own_cache, image_folder, model_folder, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name, source in (("dense", model_folder), ("their model", model_folder), ("images", image_folder)):
+        shutil.copytree(source, name)
+    given = ("--data", "images", "--dense", "dense", "--device", "cpu", "--ways", "eager,channels_last")
+    page = tmp_path / "page.html"
+    assert call(capsys, "report", "their model", *given, "--images", 8, "--steps", 2, "--out", page)[0] == 0
+    first = judged(capsys, "evaluate", "their model", *given, "--images", 8, "--steps", 2)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    of_dense, again = printed(page, "evaluate")
+    assert "--dense" not in of_dense and judged(capsys, *of_dense)[0]["figures"]["fid"] == first[0]["figures"]["fid"]
+    (base, one) = judged(capsys, *again)
+    assert one["label"] == "their model" and base["label"].endswith("dense (dense)")
+    assert one["figures"]["ssim"] is not None
+    for key in ("fid", "validation_loss", "sampling", "ssim"):
+        assert one["figures"][key] == first[1]["figures"][key]
+    assert {row["way"] for row in one["figures"]["speed"]} == {"eager", "channels_last"}
+    *_, written = printed(page, "report")
+    assert call(capsys, *written)[0] == 0 and "their model" in (tmp_path / "elsewhere" / "report.html").read_text()
+
+
+def test_a_folder_judged_by_a_runs_images_is_judged_beside_it_again(runs, ids, tmp_path, capsys, own_cache):
+    nm = store.find(runs, ids[0]).variant("nm")
+    page = tmp_path / "page.html"
+    given = ("report", nm, f"{ids[0]}/structured", "--images", 8, "--steps", 2, "--out", page, "--runs-dir", runs)
+    assert call(capsys, *given)[0] == 0
+    (again,) = printed(page, "compare")
+    assert again[1:3] == [str(nm), ids[0]] and again[-2:] == ["--runs-dir", str(runs)]
+    assert judged(capsys, *again)[0]["figures"]["sampling"]["data"] == "images0"
+
+
 def test_a_packed_file_is_the_model_that_it_holds(runs, ids, tmp_path, capsys, own_cache, image_folder):
     path = tmp_path / "model.safetensors"
     assert call(capsys, "export", ids[0], "--format", "packed", "--out", path, "--runs-dir", runs)[0] == 0
@@ -184,14 +233,36 @@ def test_runs_judged_otherwise_are_judged_alike_first(runs, ids, capsys, own_cac
         shutil.rmtree(other.folder)
 
 
-def test_a_broken_claim_is_a_figure_and_no_refusal(runs, ids, tmp_path, capsys, own_cache):
+@pytest.mark.parametrize("settings", [(), ("--images", 9)], ids=["the run's own", "other"])
+def test_a_broken_claim_is_a_figure_and_no_refusal(runs, ids, tmp_path, capsys, own_cache, settings):
     copy = store.Run(shutil.copytree(store.find(runs, ids[0]).folder, tmp_path / "copied"))
     name = next(la["layer"] for la in copy.layers() if la["eligible"]) + ".weight"
     path = copy.variant("nm") / "unet" / unets.WEIGHTS
     tensors = load_file(path)
     save_file(tensors | {name: torch.ones_like(tensors[name])}, path)
-    figures = judged(capsys, "evaluate", "copied/nm", "--images", 9, "--runs-dir", tmp_path)[0]["figures"]
+    before = copy.evaluation()
+    figures = judged(capsys, "evaluate", "copied/nm", *settings, "--runs-dir", tmp_path)[0]["figures"]
     assert figures["compliance"] < 1 and figures["sizes"]["packed_fp16"] > 0
+    assert figures["fid"] != before["nm"]["fid"] and figures["nonzero_parameters"] > before["nm"]["nonzero_parameters"]
+    judged(capsys, "evaluate", "copied", *settings, "--runs-dir", tmp_path)
+    assert copy.evaluation() == before, "the altered model's speed does not stand beside the run's own figures"
+
+
+@pytest.mark.parametrize("change", [{"device": "cuda"}, {"torch": "1.0"}, {"fingerprint": "of others"}])
+def test_a_runs_own_figures_hold_for_its_files_device_and_torch(runs, ids, own_cache, change):
+    run = store.find(runs, ids[0])
+    entries = judging.entries([f"{run.id}/nm"], runs)
+    session = judging.Session(run.recipe().eval, judging.Request(), torch.device("cpu"), lambda *_: None)
+    before = run.evaluation()
+    try:
+        assert session._known(entries[0])[0] == before["nm"]
+        for variant in ("nm", "dense"):  # whose samples the others are compared with
+            run.write_evaluation(before | {variant: before[variant] | {"made_by": before[variant]["made_by"] | change}})
+            assert session._known(entries[0]) == (None, None)
+        run.write_evaluation({name: figures | {"made_by": None} for name, figures in before.items()})
+        assert session._known(entries[0])[0]["fid"] == before["nm"]["fid"], "runs of earlier versions recorded none"
+    finally:
+        run.write_evaluation(before)
 
 
 def test_ways_of_running_are_timed_when_asked_for(runs, ids, capsys, own_cache):

@@ -13,8 +13,20 @@ import browser
 import pytest
 import torch
 
-from prunedm import comparison, figures, model_charts, pictures, recipe, report, report_html, report_page, store
+from prunedm import (
+    comparison,
+    environment,
+    figures,
+    model_charts,
+    pictures,
+    recipe,
+    report,
+    report_html,
+    report_page,
+    store,
+)
 from prunedm.comparison import Judged
+from prunedm.records import NOT_MASKED
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<b>"
 OLD = {"parameters": 100, "nonzero_parameters": 100, "macs": 10, "bytes": 400}  # what the first version recorded
@@ -353,6 +365,42 @@ def test_measured_and_theoretical_figures_stand_apart(run):
     rows = re.findall(r'<th scope="row">(.*?)</th>', section(page_of(run), "figures"))
     assert [r for r in rows if "theoretical" in r] == ["MACs an image (N:M hardware, theoretical)"]
     assert not [r for r in rows if "theoretical" in r and "measured" in r]
+
+
+def evaluated_by(run, **changes):
+    """The run's figures as another environment would have recorded them; ``changes``: a variant's own torch."""
+    results = run.evaluation()
+    for name, found in results.items():
+        versions = environment.versions() | ({"torch": changes[name]} if name in changes else {})
+        found["made_by"] = {"versions": versions, "machine": environment.machine()}
+    run.write_evaluation(results)
+
+
+def test_the_environment_is_that_of_the_evaluation_and_of_the_page_where_they_differ(run):
+    def shown():
+        return section(page_of(run), "environment")
+
+    assert "wrote this page" in shown() and "evaluated" not in shown(), "older runs recorded none"
+    evaluated_by(run)
+    assert "It wrote this page too" in shown() and "<th" in shown() and "this page</th>" not in shown()
+    evaluated_by(run, dense="1.0", structured="1.0", nm="1.0")
+    assert re.search(
+        r">torch</th>\s*<td[^>]*>1\.0</td>\s*<td[^>]*>" + re.escape(environment.versions()["torch"]), shown()
+    )
+    assert "written elsewhere, or by other versions" in shown()
+    evaluated_by(run, nm="1.0")
+    assert "evaluated: dense, structured" in shown() and "evaluated: N:M" in shown()
+
+
+def test_models_without_masks_have_their_layers_too(run):
+    dense = {"eligible": False, "pattern": "dense", "compliance": None, "position_balance": None, "groups": 0}
+    dense |= {"pattern_shares": None, "tensor_core_ready": False}
+    first = layer("conv_in", **dense, reason="first convolution, kept dense", density=1.0)
+    run.write_layers([first, layer("mid", **dense, reason=NOT_MASKED, density=0.5)], "dense")
+    found = text_of(section(page_of(run), "sparsity"))
+    assert "dense Nothing is masked; density 75.0%. 1 of 2 layers are eligible for N:M masks." in found
+    assert "1 layer: first convolution, kept dense" in found and "All 2 layers" in found
+    assert "structured" not in found and "N:M Pattern 2:4" in found, "older runs recorded those of the masks alone"
 
 
 def test_hostile_text_is_text_everywhere(tmp_path):
