@@ -118,7 +118,7 @@ def test_a_newer_run_is_refused_and_left_alone(newer, capsys, command):
         ["run", "{recipe}", "--set", "mask.initial={run}"],
         ["run", "{recipe}", "--dry-run", "--set", "model.source={run}"],
         ["plan", "{recipe}", "--set", "model.source={run}"],
-        ["export", "{run}", "--format", "packed"],
+        ["export", "{run}", "--format", "packed", "--out", "{out}"],
         ["compare", "{run}"],
         ["show", "{run}"],
         ["show", "{run}", "--json"],
@@ -131,7 +131,7 @@ def test_a_newer_run_is_no_source_of_anything(newer, micro, tmp_path, capsys, co
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(micro().to_yaml())
     there, runs_dir = states(newer.folder.parent), str(newer.folder.parent)
-    words = [word.format(recipe=recipe, run=newer.id) for word in command]
+    words = [word.format(recipe=recipe, run=newer.id, out=tmp_path / "out") for word in command]
     assert main([*words, "--runs-dir", runs_dir]) == 2
     said_ = capsys.readouterr().err
     assert REFUSAL in said_ and "Traceback" not in said_ and said_.count("\n") == 1
