@@ -65,8 +65,8 @@ class Pipeline:
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
         if "dense" not in self.run.variants():
-            self._save_variant("dense", self.model.unet)
             self._draw("dense", 0, self.model.unet)
+            self._save_variant("dense", self.model.unet)  # last: where it is found, this is done
         for stage in STAGES:
             if stage in self.writer.state.stages_done:
                 continue
@@ -141,12 +141,13 @@ class Pipeline:
         )
         self.model.unet = pruned
         record = found.as_dict() | {"round": number, "rounds": spec.rounds}
-        self.run.save_checkpoint("pruned", pruned.state_dict(), record | {"config": public(pruned.config)})
-        self.run.drop_checkpoint("prune")
-        self.run.event("pruned", report=record)
+        self.run.event_anew("pruned", {"round": number}, report=record)
         if found.reason:
             self.run.log(f"prune.target={wanted.target:.3g} of {spec.of} not met: {found.reason}")
         self._draw("prune", number if spec.rounds == 1 else (number - 1) * spec.round_steps, pruned)
+        # Last: a run that goes on and finds this checkpoint does not come here again.
+        self.run.save_checkpoint("pruned", pruned.state_dict(), record | {"config": public(pruned.config)})
+        self.run.drop_checkpoint("prune")
 
     def _train_between(self, number: int, of: int) -> Iterator[Step]:
         """Fine-tuning after the cut of this round."""
@@ -362,7 +363,7 @@ class Pipeline:
         info = {"run": self.run.id, "stage": stage, "step": step, "sampler": "ddim", "steps": PREVIEW_STEPS}
         png = pictures.sheet_png(diffusion.to_uint8(images), info)
         store.write_atomic(self.run.sample_path(stage, step), png)
-        self.run.event("sample", stage=stage, step=step)
+        self.run.event_anew("sample", {"stage": stage, "step": step})
 
 
 def is_due(step: int, steps: int, times: int) -> bool:

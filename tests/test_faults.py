@@ -1,5 +1,6 @@
 """Damage done on purpose: what a run survives, and with what result."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from prunedm import pipeline, shelf, store
 from prunedm.records import STAGES
 
 KILLS = 25
+# Where a resumed run finds these it takes what goes with them as done.
+ONCE = ("variants/dense/prunedm.json", "checkpoints/pruned.safetensors", "checkpoints/m0.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -22,32 +25,63 @@ def whole(tmp_path_factory, micro):
     return run, faulty.execute(run)
 
 
-def deadly_moments(stages: list[str]) -> list[int]:
-    """Moments of every stage in turn, drawn with one seed."""
-    draw, left = random.Random(0), {stage: [] for stage in STAGES}
-    for moment, stage in enumerate(stages, 1):
-        left.setdefault(stage or STAGES[0], []).append(moment)
-    for moments in left.values():
-        draw.shuffle(moments)
-    chosen: list[int] = []
+def deadly_moments(moments: list[faulty.Moment]) -> list[int]:
+    """Those around what is written once; then of every stage in turn, half of them tears, drawn with one seed."""
+    chosen = [number for name in ONCE for number in around(moments, name)]
+    draw, left = random.Random(0), {(stage, tears): [] for tears in (True, False) for stage in STAGES}
+    for number, moment in enumerate(moments, 1):
+        tears = moment.what == "tear" and moment.name != "state.json"
+        left[moment.stage or STAGES[0], tears].append(number)
+    for numbers in left.values():
+        draw.shuffle(numbers)
     while len(chosen) < KILLS:
-        chosen += [moments.pop() for moments in left.values() if moments]
+        chosen += [numbers.pop() for numbers in left.values() if numbers]
     return chosen[:KILLS]
+
+
+def around(moments: list[faulty.Moment], name: str) -> tuple[int, int]:
+    """As a file is first written, and just after it is in its place."""
+    of_it = [(number, moment.what) for number, moment in enumerate(moments, 1) if moment.name == name]
+    replaces = [number for number, what in of_it if what == "replace"]
+    return next(number for number, what in of_it if what == "tear"), replaces[1]
+
+
+@pytest.mark.slow
+def test_the_kills_tear_checkpoints_and_come_in_every_stage(whole):
+    _, moments = whole
+    chosen = [moments[number - 1] for number in deadly_moments(moments)]
+    assert {moment.stage for moment in chosen} >= set(STAGES)
+    assert [m for m in chosen if m.what == "tear" and m.name.startswith("checkpoints/")]
+    assert [m for m in chosen if m.stage == "evaluate" and m.name]
+
+
+@pytest.mark.slow
+def test_the_moments_are_the_same_in_each_process(whole, tmp_path):
+    unhurt, moments = whole
+    assert faulty.execute(store.create(tmp_path, unhurt.recipe())) == moments
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_run_killed_at_any_moment_resumes_to_the_same_result(whole, tmp_path, number):
-    unhurt, stages = whole
-    run = store.create(tmp_path, unhurt.recipe())
-    moment = deadly_moments(stages)[number]
+    unhurt, moments = whole
+    run, moment = store.create(tmp_path, unhurt.recipe()), deadly_moments(moments)[number]
     faulty.execute(run, moment)
-    assert run.state().status == "interrupted", f"killed at moment {moment} in {stages[moment - 1]}"
+    assert run.state().status == "interrupted", f"killed at moment {moment}: {moments[moment - 1]}"
     faulty.execute(run)
     assert run.state().status == "done"
     assert_same(unhurt, run)
     steps = [(record["stage"], record["step"]) for record in run.metrics()]
     assert steps == [(record["stage"], record["step"]) for record in unhurt.metrics()], "no line is lost or doubled"
+    assert recorded(run) == recorded(unhurt), "no event is lost or doubled"
+    assert [path.name for path in run.samples()] == [path.name for path in unhurt.samples()]
+
+
+def recorded(run: store.Run) -> list[dict]:
+    """The events that tell what a run did, and not how often it was begun."""
+    kinds = ("pruned", "baseline", "sample")
+    found = [{k: v for k, v in event.items() if k != "time"} for event in run.events() if event["kind"] in kinds]
+    return sorted(found, key=json.dumps)
 
 
 SECRET = "what lies outside is nobody's business"
