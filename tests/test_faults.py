@@ -10,7 +10,8 @@ import pytest
 from test_app import open_page, said
 from test_pipeline import assert_same
 
-from prunedm import pipeline, shelf, store
+from prunedm import pipeline, seed_sheets, shelf, store
+from prunedm.__main__ import main
 from prunedm.records import STAGES
 
 KILLS = 25
@@ -88,27 +89,51 @@ SECRET = "what lies outside is nobody's business"
 DAMAGES = ("torn", "empty", "random", "unreadable", "link")
 PLACES = (("home", {}), ("runs", {}), ("monitor", {}), ("monitor", {"tab": "Masks"}), ("monitor", {"tab": "Samples"}))
 PLACES += (("monitor", {"tab": "Compliance"}), ("monitor", {"tab": "Log"}), ("monitor", {"tab": "System"}))
+PLACES += (("monitor", {"tab": "Recipe"}), ("launch", {}), ("sweep", {}), ("system", {}))
 PLACES += (("compare", {}), ("models", {}))
+COMMANDS = (["ls"], ["ls", "--json"], ["show", "{}"], ["show", "{}", "--json"], ["report", "{}"])
+COMMANDS += (["compare", "{}", "--quick", "--images", "8", "--steps", "3"],)
 FILES = (
     *("recipe.yaml", "state.json", "metrics.jsonl", "events.jsonl", "mask-layers.jsonl", "system.jsonl", "log.txt"),
     *("layers.json", "evaluation.json", "report.html", "masks/*.npz", "samples/*.png", "checkpoints/*.safetensors"),
     *("variants/nm/unet/*.safetensors", "variants/nm/unet/config.json", "variants/nm/model_index.json"),
     *("allocation.json", "notes.json", ".lock", ".heartbeat", "variants/nm/masks.json", "variants/nm/*.safetensors"),
     *("variants/nm/prunedm.json", "variants/nm/samples.png", "variants/nm/README.md", "variants/nm/unet/*.py"),
-    "variants/nm/scheduler/*.json",
+    *("variants/nm/scheduler/*.json", "evaluations/*.json", "evaluations/*.png", "exports/*", "log.txt.1"),
 )
 
 
 @pytest.fixture(scope="module")
 def hurt_run(tmp_path_factory, micro):
-    """A finished run, to be copied and hurt."""
+    """A finished run that was judged and exported too, to be copied and hurt."""
     run = store.create(tmp_path_factory.mktemp("to-hurt"), micro(mask={"density": 0.5}))
     assert pipeline.execute(run) == "done"
     shelf.retag(run, ["kept"])
     run.beat()
+    run.log_path.rename(run.folder / "log.txt.1")
+    run.log("the log has moved on")
+    runs_dir = ["--runs-dir", str(run.folder.parent)]
+    assert main([*[word.format(run.id) for word in COMMANDS[-1]], *runs_dir]) == 0
+    seed_sheets.draw(f"{run.id}/nm", 8, run.folder.parent, run.recipe().eval)
+    run.exports.mkdir()
+    assert main(["export", run.id, "--format", "packed", "--out", str(run.exports / "nm.safetensors"), *runs_dir]) == 0
     return run
 
 
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory, micro):
+    """A run that was stopped while it learnt its masks."""
+    run = store.create(tmp_path_factory.mktemp("stopped"), micro(mask={"density": 0.5}))
+    seen = []
+    assert pipeline.execute(run, on_step=seen.append, stop=lambda: seen[-1:] and is_amid_masks(seen[-1])) == "stopped"
+    return run
+
+
+def is_amid_masks(step) -> bool:
+    return step.stage == "mask" and step.step == 3 and bool(step.values)
+
+
+@pytest.mark.slow
 def test_no_kind_of_file_is_left_unhurt(hurt_run):
     hurt_ones = {path for pattern in FILES for path in hurt_run.folder.glob(pattern)}
     others = {hurt_run.variant(name) for name in ("dense", "structured")}  # as the third
@@ -152,6 +177,39 @@ def test_a_hurt_file_breaks_no_page_and_no_other_run(runs, hurt_run, tmp_path_fa
         assert "is a link" in said(open_page("monitor", run=broken.name))
         with pytest.raises(store.StoreError, match="is a link"):
             store.find(runs, broken.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_hurt_file_is_said_in_one_line_by_each_command(runs, hurt_run, tmp_path, capfd, pattern, damage):
+    (tmp_path / "secret.txt").write_text(SECRET)
+    broken = shutil.copytree(hurt_run.folder, runs / "20260102-000000-broken")
+    hurt(sorted(broken.glob(pattern))[-1], damage, tmp_path / "secret.txt")
+    for command in COMMANDS:
+        assert_well_said(command, broken, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_stopped_run_goes_on_over_a_hurt_file_or_says_why_not(runs, stopped_run, tmp_path, capfd, pattern, damage):
+    (tmp_path / "secret.txt").write_text(SECRET)
+    broken = shutil.copytree(stopped_run.folder, runs / "20260102-000000-broken")
+    files = sorted(broken.glob(pattern.replace("/nm/", "/structured/")))
+    if not files:
+        pytest.skip(f"a stopped run has no {pattern}")
+    hurt(files[-1], damage, tmp_path / "secret.txt")
+    assert_well_said(["resume", "{}"], broken, capfd)
+
+
+def assert_well_said(command: list[str], run: Path, capfd) -> None:
+    """Done, or an exit status of 1 or 2 and one line that says why; and nothing of what lies outside."""
+    status = main([*[word.format(run.name) for word in command], "--runs-dir", str(run.parent)])
+    told = capfd.readouterr()
+    errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
+    assert status in (0, 1, 2) and len(errors) == (status != 0), (command, status, told.err)
+    assert "Traceback" not in told.err + told.out and SECRET not in told.err + told.out, command
 
 
 def everything(app) -> str:
