@@ -204,11 +204,15 @@ def test_a_stopped_run_goes_on_over_a_hurt_file_or_says_why_not(runs, stopped_ru
 
 
 def assert_well_said(command: list[str], run: Path, capfd) -> None:
-    """Done, or an exit status of 1 or 2 and one line that says why; and nothing of what lies outside."""
+    """Done, or an exit status of 1 or 2 and one line that says why; and nothing of what lies outside.
+
+    Of a run that fails that line is its ending, among the results.
+    """
     status = main([*[word.format(run.name) for word in command], "--runs-dir", str(run.parent)])
     told = capfd.readouterr()
-    errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
-    assert status in (0, 1, 2) and len(errors) == (status != 0), (command, status, told.err)
+    lines = told.err.splitlines() + told.out.splitlines()
+    errors = [line for line in lines if line.startswith(("error: ", f"{run.name} failed: "))]
+    assert status in (0, 1, 2) and len(errors) == (status != 0), (command, status, told.err, told.out)
     assert "Traceback" not in told.err + told.out and SECRET not in told.err + told.out, command
 
 
