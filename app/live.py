@@ -2,7 +2,9 @@
 
 To run a page's script again, or a fragment of it, costs the browser some 50 ms, since Streamlit's frontend then looks
 at everything on the page; to ask for one part and draw it costs a few. A part is offered under a random name, which
-only the page that it was drawn for knows; in the shared lab the login stands before it as before everything else.
+only the page that it was drawn for knows, and for an hour; then the page is drawn again, if its reader still may see
+it. In the shared lab the password's gate stands before parts too; Streamlit's own login does not: with it the name is
+what protects a part, for that hour or until its page logs out.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from app import pace
 
 LOG = logging.getLogger("prunedm.live")
 FAULTS = (ValueError, OSError, KeyError)  # what bad input and damaged files raise
-IDLE = 3600.0  # seconds without a question after which a part is offered no more; its page then draws itself again
+LIFE = 3600.0  # seconds after which a part is offered no more; its page then draws itself again
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 # Shared by every component with a part to follow. It rests while the page is hidden, and a chart out of sight too.
@@ -97,7 +99,10 @@ class Part:
     look: Callable[[], Any]
     every: float  # seconds between two questions, where there is room
     tab: str
-    asked: float
+    offered: float
+
+    def lives(self, now: float) -> bool:
+        return now - self.offered < LIFE
 
 
 _parts: dict[str, Part] = {}
@@ -107,7 +112,7 @@ def offer(key: str, look: Callable[[], Any], every: float, content: Any) -> dict
     """What a component needs to follow a part of this page; ``content``: what ``look`` gave just now."""
     now, tab = time.monotonic(), pace.tab()
     for name, part in list(_parts.items()):
-        if now - part.asked > IDLE:
+        if not part.lives(now):
             _parts.pop(name, None)
     names = st.session_state.setdefault("live.names", {})
     name = names.setdefault(key, secrets.token_urlsafe(32))
@@ -115,12 +120,17 @@ def offer(key: str, look: Callable[[], Any], every: float, content: Any) -> dict
     return {"path": f"live/{name}", "digest": _digest(_body(content)), "every": pace.every(every, tab)}
 
 
+def withdraw() -> None:
+    """End the offers of this session's pages."""
+    for name in st.session_state.get("live.names", {}).values():
+        _parts.pop(name, None)
+
+
 def answer(request: Request) -> Response:
     """A part as it is now: nothing where the browser has seen it, 404 where the page must be drawn again."""
     part = _parts.get(request.path_params["name"])
-    if part is None:
+    if part is None or not part.lives(time.monotonic()):
         return PlainTextResponse("this part is offered no more; draw the page again", 404, HEADERS)
-    part.asked = time.monotonic()
     try:
         body = _body(part.look())
     except FAULTS as error:  # the page's script meets it too, and says it

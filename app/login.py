@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import streamlit as st
+from google.protobuf.message import DecodeError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from streamlit.proto.BackMsg_pb2 import BackMsg
 
+from app import live
 from prunedm import password
 from prunedm.lab_command import LOGIN_ENV, Login
 
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("prunedm.login")
 COOKIE = "prunedm_session"
 LOGOUT, HEALTH = "/logout", "/_stcore/health"
-IDLE, ABSOLUTE = 2 * 3600.0, 12 * 3600.0  # seconds that a session lives without a request, and at all
+BY_ITSELF = ("/live/", "/media/")  # what an open page asks for as its run goes on, with nobody before it
+IDLE, ABSOLUTE = 2 * 3600.0, 12 * 3600.0  # seconds that a session lives unused, and at all
 MOST_SESSIONS = 1000
 FREE_TRIES, LONGEST_WAIT = 5, 300.0
 LARGEST_FORM, FORM_SECONDS = 4096, 10.0  # bytes of a login, and how long it may take to arrive
@@ -72,13 +76,14 @@ class Sessions:
         self._known[token] = (now, now)
         return token
 
-    def touch(self, token: str | None) -> bool:
-        """Whether this token's session goes on; if so, it was used now."""
+    def goes_on(self, token: str | None, used: bool) -> bool:
+        """Whether this token's session lives; if so and somebody uses it, it was used now."""
         times = self._known.get(token or "")
         if times is None or not self._lives(times):
             self.close(token)
             return False
-        self._known[token or ""] = (times[0], self._clock())
+        if used:
+            self._known[token or ""] = (times[0], self._clock())
         return True
 
     def close(self, token: str | None) -> None:
@@ -129,7 +134,8 @@ class Gate:
         token = asked.cookies.get(COOKIE)
         if not _same_origin(asked):
             return await _refuse(scope, receive, send)
-        if self.sessions.touch(token) and scope["path"] != LOGOUT:
+        used = not scope["path"].startswith(BY_ITSELF)
+        if self.sessions.goes_on(token, used) and scope["path"] != LOGOUT:
             inner = self._while_alive(token, receive) if scope["type"] == "websocket" else receive
             return await self.app(scope, inner, send)
         if scope["type"] == "websocket":
@@ -142,8 +148,10 @@ class Gate:
 
         async def checked() -> Message:
             message = await receive()
-            if message["type"] == "websocket.receive" and not self.sessions.touch(token):
-                return {"type": "websocket.disconnect", "code": REFUSED}
+            if message["type"] == "websocket.receive":
+                used = not _is_automatic(message.get("bytes"))
+                if not self.sessions.goes_on(token, used):
+                    return {"type": "websocket.disconnect", "code": REFUSED}
             return message
 
         return checked
@@ -183,6 +191,19 @@ def _same_origin(asked: HTTPConnection) -> bool:
     """Whether a request comes from the lab's own pages, as far as a browser says where it comes from."""
     origin = asked.headers.get("origin")
     return origin is None or urlsplit(origin).netloc == asked.headers.get("host")
+
+
+def _is_automatic(message: bytes | None) -> bool:
+    """Whether a page sent this by itself: a fragment that runs every so often, or a live part that has changed.
+
+    What cannot be read was sent by somebody, and Streamlit says what it thinks of it.
+    """
+    try:
+        asked = BackMsg.FromString(message or b"").rerun_script
+    except DecodeError:
+        return False
+    # Only live parts have triggers in JSON: their pages are to be drawn again. A button's is of another kind.
+    return asked.is_auto_rerun or any(widget.json_trigger_value for widget in asked.widget_states.widgets)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
@@ -254,7 +275,13 @@ def _require_account() -> None:
         st.error("This account is not on the lab's list. Ask its owner.")
         st.button("Log out", on_click=st.logout)
         st.stop()
-    st.sidebar.button("Log out", on_click=st.logout)
+    st.sidebar.button("Log out", on_click=_log_out)
+
+
+def _log_out() -> None:
+    """Of Streamlit's own login; what this page was offered ends with it, as no gate stands before that."""
+    live.withdraw()
+    st.logout()
 
 
 def _allowed() -> list[str]:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 
@@ -30,6 +31,8 @@ def header(card: lab.Card) -> None:
     for alert in alerts:
         what, text, remedy = (parts.plain(alert[key]) for key in ("what", "text", "remedy"))
         st.warning(f"**{what.capitalize()}** at step {alert['step']}: {text}. What to do: {remedy}.", icon="⚠️")
+        if changes := numbers(alert.get("changes")):
+            try_again(card, changes, f"try again {alert.get('stage')} {what}")
 
 
 def progress(card: lab.Card) -> dict[str, str]:
@@ -88,15 +91,25 @@ def pause_action(card: lab.Card) -> None:
 def failure(card: lab.Card) -> None:
     """Cause in plain words, what to do (in one press, where the recipe is at fault), and the log folded."""
     st.error(f"**Why it failed:** {parts.plain(card.state.error)}")
-    changes = card.state.remedy
-    if changes:
-        said = ", ".join(f"{field} = {value:g}" for field, value in changes.items())
-        help_ = "Fills the Launch form with this run's recipe and that change; nothing starts yet."
-        if st.button(f"Try again with {said}", type="primary", help=help_):
-            forms.fill(card.recipe, changes)
-            st.switch_page(lab.page("launch"))
+    if card.state.remedy:
+        try_again(card, card.state.remedy, "try again")
     with st.expander("Log with the traceback"):
         parts.log(card.run)
+
+
+def numbers(changes: Any) -> dict[str, float]:
+    """Fields and their values, as far as a file says such."""
+    found = changes.items() if isinstance(changes, dict) else ()
+    return {field: value for field, value in found if isinstance(value, int | float)}
+
+
+def try_again(card: lab.Card, changes: dict[str, Any], key: str) -> None:
+    """One press to the Launch form with this run's recipe and other values."""
+    said = ", ".join(f"{field} = {value:g}" for field, value in changes.items())
+    help_ = "Fills the Launch form with this run's recipe and that change; nothing starts yet."
+    if st.button(f"Try again with {said}", type="primary", help=help_, key=key):
+        forms.fill(card.recipe, changes)
+        st.switch_page(lab.page("launch"))
 
 
 def samples(run: Run) -> None:

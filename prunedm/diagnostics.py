@@ -1,8 +1,9 @@
-"""What can be seen of masks while they learn, cheaply, and when to raise an alarm."""
+"""What can be seen of a loss and of masks while they learn, cheaply, and when to raise an alarm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,34 @@ LOOKED_AT, CHEAP_N = 256, 4  # groups of a layer whose entropy is computed, up t
 COLLAPSED = 1e-4  # share of groups that a sample still changes
 MOVERS = {"sr-ste": "raise train.lr", "offset": "raise mask.lr"}  # what moves the masks of these methods
 EARLY, MOVED_BY = 0.5, 0.25  # shares of the steps
+SPAN, RISEN = 20, 10.0  # steps of a running mean of the loss, and how far above its lowest it is an alarm
+RISING = "rising loss"
+
+
+class LossWatch:
+    """Follows the losses of one stage. ``since``: the step at which the rate has warmed up; no alarm comes before.
+
+    earlier: steps and losses from before this process; ``raised``: whether it has given its one alarm already.
+    """
+
+    def __init__(self, since: int, earlier: Iterable[tuple[int, float]] = (), raised: bool = False) -> None:
+        self.since, self.raised = since, raised
+        self.latest: deque[float] = deque(maxlen=SPAN)
+        self.lowest = float("inf")
+        for step, loss in earlier:
+            self.alarm(step, loss)
+
+    def alarm(self, step: int, loss: float) -> str | None:
+        """What is wrong once this loss is known, the first time that it is."""
+        self.latest.append(loss)
+        if len(self.latest) < SPAN:
+            return None
+        mean = sum(self.latest) / SPAN
+        self.lowest = min(self.lowest, mean)
+        if self.raised or step < self.since or mean <= RISEN * self.lowest:
+            return None
+        self.raised = True
+        return f"the loss, {mean:.3g} over the last {SPAN} steps, is {mean / self.lowest:.0f} times its lowest so far"
 
 
 class Watcher:

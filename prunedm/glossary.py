@@ -40,8 +40,8 @@ TERMS = (
     ),
     Term(
         "alert",
-        "What a run says by itself when masks stop varying too early, do not move at all, or a loss is no number any "
-        "more; with what to do.",
+        "What a run says by itself when masks stop varying too early or do not move at all, or a loss has risen to "
+        "ten times its lowest or is no number any more; with what to do.",
         "prunedm/diagnostics.py, prunedm/stages.py",
     ),
     Term(

@@ -24,6 +24,7 @@ def resolve_source(source: str, runs_dir: Path) -> str:
     if not store.is_run(runs_dir, run_id):
         return source
     run = store.find(runs_dir, run_id)
+    run.state()  # refuses a run of a later version, whose files may mean something else
     finished = run.variants()
     if not finished or (variant and variant not in finished):
         raise InputError(
@@ -73,6 +74,8 @@ def masks_source(recipe: Recipe, runs_dir: Path) -> Path | None:
     given = recipe.mask.initial
     if given is None or given in INITIALS:
         return None
+    if store.is_run(runs_dir, given):
+        store.find(runs_dir, given).state()  # refuses a run of a later version, as resolve_source does
     folder = runs_dir / given if store.RUN_ID.fullmatch(given) and (runs_dir / given).is_dir() else Path(given)
     try:
         return maskfile.locate(folder.expanduser())

@@ -80,7 +80,7 @@ class MaskStage:
             self.masked = MaskedUNet(base, spec.n, spec.m, overrides)
             set_initial(self.masked, self.recipe, task)
             found = baseline(self.masked, task.scheduler, held_out, self.recipe.eval.seed)
-            self.run.event("baseline", initial=initial_kind(self.recipe), **found)
+            self.run.event_anew("baseline", {}, initial=initial_kind(self.recipe), **found)
             tensors = {f"initial.{i}": bank.initial for i, bank in enumerate(self.masked.banks)}
             self.run.save_checkpoint(M0, tensors, {"overrides": overrides})
         else:

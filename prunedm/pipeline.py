@@ -93,12 +93,12 @@ class Session:
     def __init__(self, run: Run, writer: MetricsWriter, stop: Callable[[], bool]) -> None:
         self.run, self.writer, self.stop = run, writer, stop
         self.work: Pipeline | None = None
-        self.before, self.started = writer.state.seconds, time.time()
+        self.before, self.started = writer.state.seconds, time.monotonic()
 
     def steps(self) -> Iterator[Step]:
         """The pipeline's steps."""
         state = self.writer.state
-        state.started, state.ended = self.started, None
+        state.started, state.ended = time.time(), None
         ranks = {"ranks": parallel.size()} if parallel.size() > 1 else {}
         self.run.event("started", stages_done=list(state.stages_done), **ranks)
         for line in (f"{parallel.size()} ranks work on this run" if ranks else "", parallel.lonely()):
@@ -138,7 +138,7 @@ class Session:
             self.work.save_checkpoint()
 
     def _count_time(self) -> None:
-        self.writer.state.seconds = self.before + time.time() - self.started
+        self.writer.state.seconds = self.before + time.monotonic() - self.started
 
     def _hold(self) -> None:
         """Wait for as long as a pause is asked for; Stopped when the run is asked to stop meanwhile.

@@ -53,6 +53,7 @@ class SharedRun(Run):
     write_state, append, log = _by_rank_0(Run.write_state), _by_rank_0(Run.append), _by_rank_0(Run.log)
     forget_after, clear_stop, clear_pause = map(_by_rank_0, (Run.forget_after, Run.clear_stop, Run.clear_pause))
     write_layers, write_allocation = _by_rank_0(Run.write_layers), _by_rank_0(Run.write_allocation)
+    event_anew = _by_rank_0(Run.event_anew)
     write_evaluation, beat = _by_rank_0(Run.write_evaluation), _by_rank_0(Run.beat)
     claim, drop_checkpoint, _write_checkpoint = map(_met, (Run.claim, Run.drop_checkpoint, Run.save_checkpoint))
 

@@ -26,7 +26,9 @@ from . import (
     structured,
     unet,
 )
+from .diagnostics import RISING, LossWatch
 from .failure import Diverged
+from .failure import remedy as remedy_of
 from .inputs import load_inputs, rounding
 from .learn import FixedMasks
 from .mask_stage import MaskStage
@@ -65,8 +67,8 @@ class Pipeline:
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
         if "dense" not in self.run.variants():
-            self._save_variant("dense", self.model.unet)
             self._draw("dense", 0, self.model.unet)
+            self._save_variant("dense", self.model.unet)  # last: where it is found, this is done
         for stage in STAGES:
             if stage in self.writer.state.stages_done:
                 continue
@@ -141,12 +143,13 @@ class Pipeline:
         )
         self.model.unet = pruned
         record = found.as_dict() | {"round": number, "rounds": spec.rounds}
-        self.run.save_checkpoint("pruned", pruned.state_dict(), record | {"config": public(pruned.config)})
-        self.run.drop_checkpoint("prune")
-        self.run.event("pruned", report=record)
+        self.run.event_anew("pruned", {"round": number}, report=record)
         if found.reason:
             self.run.log(f"prune.target={wanted.target:.3g} of {spec.of} not met: {found.reason}")
         self._draw("prune", number if spec.rounds == 1 else (number - 1) * spec.round_steps, pruned)
+        # Last: a run that goes on and finds this checkpoint does not come here again.
+        self.run.save_checkpoint("pruned", pruned.state_dict(), record | {"config": public(pruned.config)})
+        self.run.drop_checkpoint("prune")
 
     def _train_between(self, number: int, of: int) -> Iterator[Step]:
         """Fine-tuning after the cut of this round."""
@@ -281,7 +284,9 @@ class Pipeline:
             previewed = set()  # the cuts are drawn
         if trainer.done in previewed and not self.run.sample_path(stage, trainer.done).exists():
             self._preview(stage, trainer.done, learner)  # it was stopped before it drew
+        watch = self._loss_watch(trainer)
         for step in self._watched(trainer):
+            self._follow_loss(watch, trainer, step)
             if masks is not None:
                 for alert in masks.follow(step):
                     self._alert(stage, step.step, **alert)
@@ -316,6 +321,21 @@ class Pipeline:
             self._alert(trainer.stage, trainer.done, "not a number", text, remedy)
             raise
 
+    def _loss_watch(self, trainer: Trainer) -> LossWatch:
+        """With the losses and the alarm of this stage so far."""
+        rising = trainer.weights is not None and trainer.weights.window
+        since = rising.first + round((rising.last - rising.first) * self.recipe.train.warmup) if rising else 0
+        losses = [(r["step"], r["loss"]) for r in self.run.metrics() if r["stage"] == trainer.stage]
+        told = [e.get("stage") for e in self.run.events() if e.get("what") == RISING]
+        return LossWatch(since, losses, trainer.stage in told)
+
+    def _follow_loss(self, watch: LossWatch, trainer: Trainer, step: Step) -> None:
+        text = watch.alarm(step.step, step.values["loss"])
+        changes = remedy_of(Diverged(text, trainer.rates()), self.recipe, trainer.stage) if text else {}
+        if changes:
+            lower = " and ".join(f"{field} to {value:g}" for field, value in changes.items())
+            self._alert(trainer.stage, step.step, RISING, text, f"stop the run and lower {lower}", changes=changes)
+
     def _task(self) -> Task:
         """The recipe's task; the teacher, where one is asked for, is the dense variant."""
         teacher = None
@@ -323,8 +343,9 @@ class Pipeline:
             teacher = unet.load_unet(self.run.variant("dense") / "unet").requires_grad_(False).to(self.device)
         return Task.of(self.recipe, self.model.scheduler, self.images.train, self.device, teacher)
 
-    def _alert(self, stage: str, step: int, what: str, text: str, remedy: str) -> None:
-        self.run.event("alert", stage=stage, step=step, what=what, text=text, remedy=remedy)
+    def _alert(self, stage: str, step: int, what: str, text: str, remedy: str, **more: Any) -> None:
+        """more: ``changes``, fields of the recipe to their values, where the remedy is just these."""
+        self.run.event("alert", stage=stage, step=step, what=what, text=text, remedy=remedy, **more)
         self.run.log(f"ALERT ({what}): {text}; {remedy}")
 
     def _base(self) -> torch.nn.Module:
@@ -362,7 +383,7 @@ class Pipeline:
         info = {"run": self.run.id, "stage": stage, "step": step, "sampler": "ddim", "steps": PREVIEW_STEPS}
         png = pictures.sheet_png(diffusion.to_uint8(images), info)
         store.write_atomic(self.run.sample_path(stage, step), png)
-        self.run.event("sample", stage=stage, step=step)
+        self.run.event_anew("sample", {"stage": stage, "step": step})
 
 
 def is_due(step: int, steps: int, times: int) -> bool:

@@ -208,6 +208,15 @@ class Run:
     def event(self, kind: str, **values: Any) -> None:
         self.append(EVENTS, [{"time": round(time.time(), 3), "kind": kind, **values}])
 
+    def event_anew(self, kind: str, about: dict[str, Any], **values: Any) -> None:
+        """An event in place of one about the same, which a process may have left that died before its work was kept."""
+        same = {"kind": kind} | about
+        events = self.events()
+        kept = [event for event in events if not isinstance(event, dict) or {**event, **same} != event]
+        if len(kept) < len(events):
+            write_atomic(self.folder / EVENTS, "".join(json.dumps(event) + "\n" for event in kept).encode())
+        self.event(**same, **values)
+
     def log(self, line: str) -> None:
         logs.append(self.log_path, line)
 
@@ -226,7 +235,7 @@ class Run:
         """Drop what a killed process recorded of ``stage`` beyond its checkpoint at ``step`` (-1: of every step)."""
         for name in ("metrics.jsonl", EVENTS, MASK_LAYERS):
             path = self.folder / name
-            records = read_jsonl(path)
+            records = [r for r in read_jsonl(path) if isinstance(r, dict)]
             kept = [r for r in records if r.get("stage") != stage or "step" not in r or r["step"] <= step]
             if path.exists():
                 write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept).encode())

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from . import comparison, store, sweep_trials
 from .files import require_known
 from .records import ACTIVE
+from .redact import SECRET_NAME
 from .sweep_spec import Sweep, SweepError
 from .sweep_spec import build as build_spec
 from .sweep_trials import CAUSE, FIGURES, HIDDEN, SECONDS
@@ -61,12 +62,14 @@ def names(runs_dir: Path) -> list[str]:
 
 
 def shown(url: str) -> str:
-    """A storage URL without its password."""
+    """A storage URL without its password, also one among its settings (``?password=``)."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
-        return make_url(url).render_as_string(hide_password=True)
+        parsed = make_url(url)
+        hidden = {key: "hidden" for key in parsed.query if SECRET_NAME.search(key)}
+        return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
     except ArgumentError:
         return url.partition("://")[0] + "://..." if "://" in url else url
 

@@ -57,8 +57,7 @@ def sweep(
     else:
         _print_trials(study, spec)
         if status != "done":
-            command = shlex.join(["python", "-m", "prunedm", *sys.argv[1:]])
-            _console().print(f"sweep {spec.name} stopped; go on with: {command}")
+            _console().print(f"sweep {spec.name} stopped; go on with: {_same_command(sys.argv[1:])}")
     states = [row["state"] for row in sweeps.trials(study)]
     if status != "done":
         raise typer.Exit(INTERRUPTED)
@@ -75,6 +74,20 @@ def _work(study: Study, runs_dir: Path, storage: str | None) -> str:
 
     with interruptions("sweep") as stop:
         return Worker(study, runs_dir, storage, stop=stop, tell=tell).run()
+
+
+def _same_command(given: list[str]) -> str:
+    """The command that was given; a password in its storage is masked, and where it belongs is said instead."""
+    from .sweep import shown
+
+    told, is_storage = [], False
+    for word in given:
+        head, equals, url = ("", "", word) if is_storage else word.partition("=")
+        is_storage = is_storage or (head == "--storage" and bool(equals))
+        told.append(f"{head}{equals}{shown(url)}" if is_storage else word)
+        is_storage = word == "--storage"
+    command = shlex.join(["python", "-m", "prunedm", *told])
+    return command if told == given else f"{command} (its password is masked here; $PRUNEDM_STORAGE may hold the URL)"
 
 
 def _found(study: Study) -> dict[str, Any]:

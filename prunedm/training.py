@@ -345,7 +345,7 @@ class Trainer:
             self.learner.prepare(step, train)
             values = self.learner.step(self.task, self.task.batch(self.stage, step), step, train)
             rate = {"train.lr": self.weights.spec.lr} if train else {}
-            require_finite("loss", values["loss"], step, self.stage, rate | self.learner.rates)
+            require_finite("loss", values["loss"], step, self.stage, self.rates(train))
             if train:
                 values |= self.weights.update(step)
                 require_finite("gradient norm", values["grad_norm"], step, self.stage, rate)
@@ -353,6 +353,11 @@ class Trainer:
                 values["bytes_sent"] = parallel.bytes_sent() - sent
             self.done = step + 1
             yield Step(self.stage, self.done, self.steps, values)
+
+    def rates(self, train: bool = True) -> dict[str, float]:
+        """The recipe's rates that move something here; ``train``: the weights too."""
+        moves_weights = train and self.weights is not None
+        return ({"train.lr": self.weights.spec.lr} if moves_weights else {}) | self.learner.rates
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""

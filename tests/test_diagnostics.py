@@ -1,11 +1,16 @@
 """What is recorded of masks, layer by layer, and when an alarm is raised."""
 
+import itertools
+import json
+import random
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_unet
 
 from prunedm import diagnostics, learn, masks, pattern
-from prunedm.diagnostics import Watcher
+from prunedm.diagnostics import LossWatch, Watcher
 from prunedm.masked_unet import MaskedUNet
 from prunedm.stage_recipes import Mask
 
@@ -80,3 +85,35 @@ def test_alarms(step, figures, alarms):
 
 def test_fixed_masks_raise_no_alarm_for_standing_still():
     assert list(watcher(method="magnitude").alerts(90, {"flips": 0.0})) == []
+
+
+def alarms(losses, **given) -> list[int]:
+    watch = LossWatch(**{"since": 0} | given)
+    return [step for step, loss in enumerate(losses, 1) if watch.alarm(step, loss)]
+
+
+def test_a_loss_that_runs_away_is_an_alarm_once_after_the_warm_up():
+    losses = [0.05 * 1.05 ** max(0, step - 100) for step in range(250)]
+    (step,) = alarms(losses)
+    mean = sum(losses[step - diagnostics.SPAN : step]) / diagnostics.SPAN
+    assert mean > 10 * 0.05 and alarms(losses, since=220) == [220]
+    watch = LossWatch(0, enumerate(losses[:120], 1))  # a resumed run knows what was lowest
+    assert next(s for s, loss in enumerate(losses[120:], 121) if watch.alarm(s, loss)) == step
+    assert alarms(losses, raised=True) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_falling_and_a_noisy_loss_are_none(seed):
+    draw = random.Random(seed)
+    assert alarms([1.5 * 0.97**step + 0.02 for step in range(300)]) == []
+    assert alarms([0.05 * draw.lognormvariate(0, 1) for _ in range(2000)]) == []
+    assert alarms([0.05] * 100 + [5.0] + [0.05] * 100) == [], "nor is a single spike, which the clipping holds"
+    assert alarms([0.05, 50.0] * 9) == [], "nor a stage of a few steps"
+
+
+def test_the_demos_own_losses_are_none():
+    """As the bundled demo recorded them: loss of each step, stage by stage."""
+    known = json.loads(Path(__file__).with_name("demo_losses.json").read_text())
+    assert set(known) == {"finetune", "mask", "recover"}
+    assert [alarms(losses) for losses in known.values()] == [[], [], []]
+    assert alarms([*itertools.chain(*known.values()), *[5.0] * 20]), "what runs away after them is one"

@@ -1,5 +1,6 @@
 """Damage done on purpose: what a run survives, and with what result."""
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -9,10 +10,13 @@ import pytest
 from test_app import open_page, said
 from test_pipeline import assert_same
 
-from prunedm import pipeline, shelf, store
+from prunedm import pipeline, seed_sheets, shelf, store
+from prunedm.__main__ import main
 from prunedm.records import STAGES
 
 KILLS = 25
+# Where a resumed run finds these it takes what goes with them as done.
+ONCE = ("variants/dense/prunedm.json", "checkpoints/pruned.safetensors", "checkpoints/m0.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -22,59 +26,114 @@ def whole(tmp_path_factory, micro):
     return run, faulty.execute(run)
 
 
-def deadly_moments(stages: list[str]) -> list[int]:
-    """Moments of every stage in turn, drawn with one seed."""
-    draw, left = random.Random(0), {stage: [] for stage in STAGES}
-    for moment, stage in enumerate(stages, 1):
-        left.setdefault(stage or STAGES[0], []).append(moment)
-    for moments in left.values():
-        draw.shuffle(moments)
-    chosen: list[int] = []
+def deadly_moments(moments: list[faulty.Moment]) -> list[int]:
+    """Those around what is written once; then of every stage in turn, half of them tears, drawn with one seed."""
+    chosen = [number for name in ONCE for number in around(moments, name)]
+    draw, left = random.Random(0), {(stage, tears): [] for tears in (True, False) for stage in STAGES}
+    for number, moment in enumerate(moments, 1):
+        tears = moment.what == "tear" and moment.name != "state.json"
+        left[moment.stage or STAGES[0], tears].append(number)
+    for numbers in left.values():
+        draw.shuffle(numbers)
     while len(chosen) < KILLS:
-        chosen += [moments.pop() for moments in left.values() if moments]
+        chosen += [numbers.pop() for numbers in left.values() if numbers]
     return chosen[:KILLS]
+
+
+def around(moments: list[faulty.Moment], name: str) -> tuple[int, int]:
+    """As a file is first written, and just after it is in its place."""
+    of_it = [(number, moment.what) for number, moment in enumerate(moments, 1) if moment.name == name]
+    replaces = [number for number, what in of_it if what == "replace"]
+    return next(number for number, what in of_it if what == "tear"), replaces[1]
+
+
+@pytest.mark.slow
+def test_the_kills_tear_checkpoints_and_come_in_every_stage(whole):
+    _, moments = whole
+    chosen = [moments[number - 1] for number in deadly_moments(moments)]
+    assert {moment.stage for moment in chosen} >= set(STAGES)
+    assert [m for m in chosen if m.what == "tear" and m.name.startswith("checkpoints/")]
+    assert [m for m in chosen if m.stage == "evaluate" and m.name]
+
+
+@pytest.mark.slow
+def test_the_moments_are_the_same_in_each_process(whole, tmp_path):
+    unhurt, moments = whole
+    assert faulty.execute(store.create(tmp_path, unhurt.recipe())) == moments
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(KILLS))
 def test_a_run_killed_at_any_moment_resumes_to_the_same_result(whole, tmp_path, number):
-    unhurt, stages = whole
-    run = store.create(tmp_path, unhurt.recipe())
-    moment = deadly_moments(stages)[number]
+    unhurt, moments = whole
+    run, moment = store.create(tmp_path, unhurt.recipe()), deadly_moments(moments)[number]
     faulty.execute(run, moment)
-    assert run.state().status == "interrupted", f"killed at moment {moment} in {stages[moment - 1]}"
+    assert run.state().status == "interrupted", f"killed at moment {moment}: {moments[moment - 1]}"
     faulty.execute(run)
     assert run.state().status == "done"
     assert_same(unhurt, run)
     steps = [(record["stage"], record["step"]) for record in run.metrics()]
     assert steps == [(record["stage"], record["step"]) for record in unhurt.metrics()], "no line is lost or doubled"
+    assert recorded(run) == recorded(unhurt), "no event is lost or doubled"
+    assert [path.name for path in run.samples()] == [path.name for path in unhurt.samples()]
+
+
+def recorded(run: store.Run) -> list[dict]:
+    """The events that tell what a run did, and not how often it was begun."""
+    kinds = ("pruned", "baseline", "sample")
+    found = [{k: v for k, v in event.items() if k != "time"} for event in run.events() if event["kind"] in kinds]
+    return sorted(found, key=json.dumps)
 
 
 SECRET = "what lies outside is nobody's business"
 DAMAGES = ("torn", "empty", "random", "unreadable", "link")
 PLACES = (("home", {}), ("runs", {}), ("monitor", {}), ("monitor", {"tab": "Masks"}), ("monitor", {"tab": "Samples"}))
 PLACES += (("monitor", {"tab": "Compliance"}), ("monitor", {"tab": "Log"}), ("monitor", {"tab": "System"}))
+PLACES += (("monitor", {"tab": "Recipe"}), ("launch", {}), ("sweep", {}), ("system", {}))
 PLACES += (("compare", {}), ("models", {}))
+COMMANDS = (["ls"], ["ls", "--json"], ["show", "{}"], ["show", "{}", "--json"], ["report", "{}"])
+COMMANDS += (["compare", "{}", "--quick", "--images", "8", "--steps", "3"],)
 FILES = (
     *("recipe.yaml", "state.json", "metrics.jsonl", "events.jsonl", "mask-layers.jsonl", "system.jsonl", "log.txt"),
     *("layers.json", "evaluation.json", "report.html", "masks/*.npz", "samples/*.png", "checkpoints/*.safetensors"),
     *("variants/nm/unet/*.safetensors", "variants/nm/unet/config.json", "variants/nm/model_index.json"),
     *("allocation.json", "notes.json", ".lock", ".heartbeat", "variants/nm/masks.json", "variants/nm/*.safetensors"),
     *("variants/nm/prunedm.json", "variants/nm/samples.png", "variants/nm/README.md", "variants/nm/unet/*.py"),
-    "variants/nm/scheduler/*.json",
+    *("variants/nm/scheduler/*.json", "evaluations/*.json", "evaluations/*.png", "exports/*", "log.txt.1"),
 )
 
 
 @pytest.fixture(scope="module")
 def hurt_run(tmp_path_factory, micro):
-    """A finished run, to be copied and hurt."""
+    """A finished run that was judged and exported too, to be copied and hurt."""
     run = store.create(tmp_path_factory.mktemp("to-hurt"), micro(mask={"density": 0.5}))
     assert pipeline.execute(run) == "done"
     shelf.retag(run, ["kept"])
     run.beat()
+    run.log_path.rename(run.folder / "log.txt.1")
+    run.log("the log has moved on")
+    runs_dir = ["--runs-dir", str(run.folder.parent)]
+    assert main([*[word.format(run.id) for word in COMMANDS[-1]], *runs_dir]) == 0
+    seed_sheets.draw(f"{run.id}/nm", 8, run.folder.parent, run.recipe().eval)
+    run.exports.mkdir()
+    assert main(["export", run.id, "--format", "packed", "--out", str(run.exports / "nm.safetensors"), *runs_dir]) == 0
     return run
 
 
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory, micro):
+    """A run that was stopped while it learnt its masks."""
+    run = store.create(tmp_path_factory.mktemp("stopped"), micro(mask={"density": 0.5}))
+    seen = []
+    assert pipeline.execute(run, on_step=seen.append, stop=lambda: seen[-1:] and is_amid_masks(seen[-1])) == "stopped"
+    return run
+
+
+def is_amid_masks(step) -> bool:
+    return step.stage == "mask" and step.step == 3 and bool(step.values)
+
+
+@pytest.mark.slow
 def test_no_kind_of_file_is_left_unhurt(hurt_run):
     hurt_ones = {path for pattern in FILES for path in hurt_run.folder.glob(pattern)}
     others = {hurt_run.variant(name) for name in ("dense", "structured")}  # as the third
@@ -118,6 +177,43 @@ def test_a_hurt_file_breaks_no_page_and_no_other_run(runs, hurt_run, tmp_path_fa
         assert "is a link" in said(open_page("monitor", run=broken.name))
         with pytest.raises(store.StoreError, match="is a link"):
             store.find(runs, broken.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_hurt_file_is_said_in_one_line_by_each_command(runs, hurt_run, tmp_path, capfd, pattern, damage):
+    (tmp_path / "secret.txt").write_text(SECRET)
+    broken = shutil.copytree(hurt_run.folder, runs / "20260102-000000-broken")
+    hurt(sorted(broken.glob(pattern))[-1], damage, tmp_path / "secret.txt")
+    for command in COMMANDS:
+        assert_well_said(command, broken, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_stopped_run_goes_on_over_a_hurt_file_or_says_why_not(runs, stopped_run, tmp_path, capfd, pattern, damage):
+    (tmp_path / "secret.txt").write_text(SECRET)
+    broken = shutil.copytree(stopped_run.folder, runs / "20260102-000000-broken")
+    files = sorted(broken.glob(pattern.replace("/nm/", "/structured/")))
+    if not files:
+        pytest.skip(f"a stopped run has no {pattern}")
+    hurt(files[-1], damage, tmp_path / "secret.txt")
+    assert_well_said(["resume", "{}"], broken, capfd)
+
+
+def assert_well_said(command: list[str], run: Path, capfd) -> None:
+    """Done, or an exit status of 1 or 2 and one line that says why; and nothing of what lies outside.
+
+    Of a run that fails that line is its ending, among the results.
+    """
+    status = main([*[word.format(run.name) for word in command], "--runs-dir", str(run.parent)])
+    told = capfd.readouterr()
+    lines = told.err.splitlines() + told.out.splitlines()
+    errors = [line for line in lines if line.startswith(("error: ", f"{run.name} failed: "))]
+    assert status in (0, 1, 2) and len(errors) == (status != 0), (command, status, told.err, told.out)
+    assert "Traceback" not in told.err + told.out and SECRET not in told.err + told.out, command
 
 
 def everything(app) -> str:

@@ -5,6 +5,7 @@ whose checkpoint is older than anything that can be gone on from, and a stopped 
 """
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import yaml
 from test_app import PAGES, open_page, said
 
-from prunedm import pipeline, state_file, store
+from prunedm import pipeline, seed_sheets, state_file, store
 from prunedm.__main__ import main
+from prunedm.recipe import Eval
 
 OLD = Path(__file__).with_name("old_runs.zip")
 DONE, FIRST, SECOND = "20261123-first-done", "20261123-first-stopped", "20261124-second-stopped"
@@ -106,6 +108,41 @@ def test_a_newer_run_is_refused_and_left_alone(newer, capsys, command):
     assert {path.name for path in after.keys() - before.keys()} <= {".lock"}
     with pytest.raises(store.StoreError, match="update prunedm"):
         pipeline.execute(newer)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "{recipe}", "--set", "model.source={run}"],
+        ["run", "{recipe}", "--set", "model.source={run}/dense"],
+        ["run", "{recipe}", "--set", "mask.initial={run}"],
+        ["run", "{recipe}", "--dry-run", "--set", "model.source={run}"],
+        ["plan", "{recipe}", "--set", "model.source={run}"],
+        ["export", "{run}", "--format", "packed", "--out", "{out}"],
+        ["compare", "{run}"],
+        ["show", "{run}"],
+        ["show", "{run}", "--json"],
+    ],
+)
+def test_a_newer_run_is_no_source_of_anything(newer, micro, tmp_path, capsys, command):
+    """Its files may mean something else: here they are what this version would take for a finished variant."""
+    shutil.copytree(micro().model.source, newer.variant("dense"))
+    store.write_json(newer.variant("dense") / store.VARIANT_RECORD, {})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(micro().to_yaml())
+    there, runs_dir = states(newer.folder.parent), str(newer.folder.parent)
+    words = [word.format(recipe=recipe, run=newer.id, out=tmp_path / "out") for word in command]
+    assert main([*words, "--runs-dir", runs_dir]) == 2
+    said_ = capsys.readouterr().err
+    assert REFUSAL in said_ and "Traceback" not in said_ and said_.count("\n") == 1
+    assert states(newer.folder.parent) == there
+
+
+def test_no_further_samples_are_drawn_of_a_newer_run(newer):
+    newer.variant("dense").mkdir(parents=True)
+    store.write_json(newer.variant("dense") / store.VARIANT_RECORD, {})
+    with pytest.raises(store.StoreError, match="update prunedm"):
+        seed_sheets.draw(f"{newer.id}/dense", 0, newer.folder.parent, Eval())
 
 
 @pytest.mark.parametrize("page", PAGES)

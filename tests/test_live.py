@@ -62,15 +62,24 @@ def test_names_are_random_and_a_page_drawn_again_keeps_its_own(offered, browser,
     assert browser.get("/live/part").status_code == browser.get("/live/..%2fx").status_code == 404
 
 
-def test_a_part_that_nobody_asked_for_in_an_hour_is_forgotten(offered, browser, monkeypatch):
+def test_a_part_is_offered_for_an_hour_however_often_it_is_asked_for(offered, browser, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
-    kept, left = offered(lambda: 1, "kept"), offered(lambda: 2, "left")
-    clock[0] = live.IDLE - 1
-    assert browser.get(kept).status_code == 200
-    clock[0] = live.IDLE + 1
-    offered(lambda: 3, "third")
-    assert browser.get(kept).status_code == 200 and browser.get(left).status_code == 404
+    path = offered(lambda: 1)
+    offered(lambda: 2, "left")
+    for clock[0] in (live.LIFE / 2, live.LIFE - 1):
+        assert browser.get(path).status_code == 200
+    clock[0] = live.LIFE
+    assert browser.get(path).status_code == 404, "the page is drawn again, and guarded"
+    assert offered(lambda: 3) == path and browser.get(path).json() == 3 and len(live._parts) == 1
+
+
+def test_a_page_that_logs_out_is_answered_no_more(offered, browser, monkeypatch):
+    path = offered(lambda: 1)
+    monkeypatch.setattr(live.st, "session_state", {})
+    other = offered(lambda: 2)
+    live.withdraw()
+    assert browser.get(path).status_code == 200 and browser.get(other).status_code == 404
 
 
 @pytest.mark.parametrize("error", [ValueError("bad line"), OSError("gone"), KeyError("loss")])

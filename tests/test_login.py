@@ -11,6 +11,9 @@ from pathlib import Path
 
 import browser
 import pytest
+from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.ClientState_pb2 import ClientState
+from streamlit.proto.WidgetStates_pb2 import WidgetState, WidgetStates
 
 from app import login
 from prunedm import lab_command, password
@@ -91,6 +94,49 @@ def test_a_session_ends_when_it_is_not_used_and_in_any_case(gate, clock):
         assert through(gate, cookie=token)[0] == 200
     clock.now = began + login.ABSOLUTE
     assert through(gate, cookie=token)[0] == 401 and not gate.sessions._known
+
+
+def rerun(**values) -> bytes:
+    """What a browser sends to have a page or a fragment run."""
+    return BackMsg(rerun_script=ClientState(**values)).SerializeToString()
+
+
+def pressed(**value) -> WidgetStates:
+    return WidgetStates(widgets=[WidgetState(id="a", **value)])
+
+
+AUTOMATIC = [
+    rerun(fragment_id="a", is_auto_rerun=True),
+    rerun(widget_states=pressed(json_trigger_value='[{"event": "turn", "value": "gone"}]')),
+]
+BY_HAND = [
+    rerun(fragment_id="a"),
+    rerun(widget_states=pressed(trigger_value=True)),
+    rerun(widget_states=pressed(json_value='{"step": 3}')),
+    b"\xff\xff no message at all",
+]
+
+
+def test_what_an_open_page_asks_for_by_itself_keeps_no_session_alive(gate, clock):
+    token = logged_in(gate)
+    for _ in range(4):
+        clock.now += login.IDLE / 4 - 1
+        for path in ("/live/a", "/media/a.png"):
+            assert through(gate, path=path, cookie=token)[0] == 200
+    clock.now += 5
+    assert through(gate, path="/live/a", cookie=token)[0] == 401
+
+
+@pytest.mark.parametrize(
+    ("message", "used"), [(message, used) for used, some in enumerate((AUTOMATIC, BY_HAND)) for message in some]
+)
+def test_a_message_that_a_page_sends_by_itself_is_no_use(gate, clock, message, used):
+    token = logged_in(gate)
+    received = gate._while_alive(token, lambda: asyncio.sleep(0, {"type": "websocket.receive", "bytes": message}))
+    clock.now += login.IDLE - 1
+    assert asyncio.run(received())["type"] == "websocket.receive"
+    clock.now += 2
+    assert asyncio.run(received())["type"] == ("websocket.receive" if used else "websocket.disconnect")
 
 
 def test_an_open_page_is_cut_off_when_its_session_ends(gate, clock):

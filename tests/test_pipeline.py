@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunedm import failure, inputs, learn, maskfile, pattern, pipeline, report, snapshots, stages, store
+from prunedm import failure, inputs, learn, mask_stage, maskfile, pattern, pipeline, report, snapshots, stages, store
 from prunedm import unet as unets
+from prunedm.progress import MetricsWriter
 from prunedm.records import STAGES
 
 
@@ -402,3 +403,39 @@ def test_validation_losses_on_the_way_are_recorded_and_change_nothing(tmp_path, 
     assert ways[0] == ways[1]
     losses = [[r["loss"] for r in run.metrics() if "loss" in r] for run in (plain, watched)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["pruned", mask_stage.M0])
+def test_an_end_beside_a_checkpoint_neither_loses_nor_doubles_what_is_recorded_once(
+    tmp_path, micro, monkeypatch, name, when
+):
+    """A resumed run that finds the checkpoint takes the event and the sheet that go with it as there."""
+    save = store.Run.save_checkpoint
+
+    def end_there(run, which, *what):
+        if which != name or when == "after":
+            save(run, which, *what)
+        if which == name:
+            raise OSError("gone")
+
+    recipe = micro(prune={"finetune_steps": 1}, mask={"steps": 1, "recover_steps": 0}, eval={"noise_floor": False})
+    run = store.create(tmp_path, recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Run, "save_checkpoint", end_there)
+        assert pipeline.execute(run) == "failed"
+    run.take()
+    execute_up_to = iter([False] * 5)
+    pipeline.execute(run, stop=lambda: next(execute_up_to, True))
+    kinds = [event["kind"] for event in run.events()]
+    assert kinds.count("pruned") == 1 and kinds.count("baseline") == (name == mask_stage.M0)
+    samples = [(event["stage"], event["step"]) for event in run.events() if event["kind"] == "sample"]
+    assert samples == [store.stage_step(path) for path in run.samples()] and ("prune", 1) in samples
+
+
+def test_seconds_do_not_follow_a_clock_that_is_set_back(tmp_path, micro, monkeypatch):
+    run = store.create(tmp_path, micro())
+    session = pipeline.Session(run, MetricsWriter(run, run.state()), lambda: False)
+    monkeypatch.setattr(pipeline.time, "time", lambda: 0.0)
+    session._count_time()
+    assert 0 <= run.state().seconds <= session.writer.state.seconds < 60

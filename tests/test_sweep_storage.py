@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import postgres
 import pytest
 from test_sweep import Fake, killed, spec, states, work
 
-from prunedm import store, strict_yaml, sweep
+from prunedm import store, strict_yaml, sweep, sweep_commands
 from prunedm.sweep_spec import SweepError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,25 @@ def test_a_database_that_is_gone_is_said_in_one_line(database, name, tmp_path):
         sweep.start(spec(name=name), tmp_path, wrong)
     said = str(caught.value)
     assert "cannot be opened" in said and "\n" not in said and "secret" not in said
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("postgresql+psycopg://me:geheim@host/name", "postgresql+psycopg://me:***@host/name"),
+        ("postgresql+psycopg://host/name?password=geheim", "postgresql+psycopg://host/name?password=hidden"),
+        ("postgresql+psycopg://me@host/name?sslmode=require", None),
+        ("sqlite:////a b/study.db", None),
+    ],
+)
+@pytest.mark.parametrize("form", ["--storage {}", "--storage={}"])
+def test_the_command_to_go_on_with_names_no_password(url, told, form):
+    given = ["sweep", "spec.yaml", *form.replace("{}", "|").split(" "), "--json"]
+    given = [word.replace("|", url) for word in given]
+    command = sweep_commands._same_command(given)
+    assert "geheim" not in command and ("$PRUNEDM_STORAGE" in command) == (told is not None)
+    words = shlex.split(command.partition(" (its password")[0])
+    assert words == ["python", "-m", "prunedm", *(word.replace(url, told or url) for word in given)]
 
 
 # --- the command line, by processes of their own ---------------------------------------------------

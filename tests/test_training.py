@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from apptest import open_page
 from conftest import make_unet
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from prunedm import data, diffusion, training
+from prunedm import data, diagnostics, diffusion, pipeline, store, training
 from prunedm.diffusion import Timesteps
 from prunedm.recipe import Train
 from prunedm.training import Window
@@ -180,3 +181,18 @@ def test_a_loss_or_gradient_that_is_no_number_stops_at_once(task, monkeypatch):
     monkeypatch.setattr(weights, "update", lambda step: {"lr": 0.0, "grad_norm": float("inf")})
     with pytest.raises(training.Diverged, match="gradient norm became inf at step 1 of finetune"):
         list(training.Trainer("finetune", 3, task, training.DenseLoss(unet), weights))
+
+
+def test_a_loss_that_runs_away_raises_an_alert_with_the_rates_to_try(runs, micro, monkeypatch):
+    """Once, and the Monitor offers to fill the Launch form with them; the run goes on."""
+    monkeypatch.setattr(diagnostics, "SPAN", 2)
+    monkeypatch.setattr(diagnostics, "RISEN", 0.5)  # any mean is above half of the lowest
+    recipe = micro(mask={"method": "none"}, train={"lr": 3e-4})
+    run = store.create(runs, recipe)
+    seen = []
+    assert pipeline.execute(run, on_step=seen.append, stop=lambda: seen and seen[-1].stage == "evaluate") == "stopped"
+    (alert,) = (event for event in run.events() if event["kind"] == "alert")
+    assert (alert["what"], alert["stage"], alert["step"]) == ("rising loss", "finetune", 2)
+    assert alert["changes"] == {"train.lr": 1e-4} and alert["remedy"] == "stop the run and lower train.lr to 0.0001"
+    app = open_page("monitor", run=run.id)
+    assert "Try again with train.lr = 0.0001" in [button.label for button in app.button]
