@@ -26,8 +26,10 @@ LARGEST_TRACE = 1000
 UNEVEN = 0.25  # of an even share: where the colours of position balance end
 SMOOTHING = 0.9
 NOISY = ("loss", "residual", "advantage", "grad_norm", "mask_grad_norm")
+LOSSES = ("loss", "validation_loss")  # drawn on a logarithmic scale where asked
 LABELS = {
     "loss": "training loss",
+    "validation_loss": "validation loss on the way",
     "entropy": "entropy of the kept set (bits)",
     "flips": "groups that differ from the initial mask",
     "tau": "temperature",
@@ -182,7 +184,8 @@ def evolution_heatmap(
 def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
     """Layers x figures: compliance, density and the share kept on each of the M positions.
 
-    The colours of a position span :data:`UNEVEN` around an even share: else no imbalance would be seen.
+    The colours of a position span :data:`UNEVEN` around an even share: else no imbalance would be seen. Positions have
+    an axis of their own: plotly would write the words of two heatmaps on one axis over one another.
     """
     shown = [la for la in layers if la["compliance"] is not None]
     names = [f"{short(la['layer'])}  {la['pattern']}" for la in shown]
@@ -195,9 +198,11 @@ def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
         _cells(names, ["compliance", "density"], shares, shares)
         | {"zmin": 0, "zmax": 1, "colorscale": palettes.SHARES},
         _cells(names, [f"position {i}" for i in range(widest)], off, [o + r for o, r in zip(balances, missing)])
-        | {"zmin": -UNEVEN, "zmax": UNEVEN, "colorscale": palettes.around(0.5)},
+        | {"zmin": -UNEVEN, "zmax": UNEVEN, "colorscale": palettes.around(0.5), "xaxis": "x2"},
     ]
-    drawn = layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}
+    drawn, border = layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}, 2 / (2 + widest)
+    drawn["xaxis2"] = drawn["xaxis"] | {"domain": [border, 1]}
+    drawn["xaxis"] |= {"domain": [0, border]}
     drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
     return {"data": traces, "layout": drawn}
 

@@ -146,7 +146,9 @@ def test_words_are_read_on_every_colour_of_a_cell_and_of_a_bar(even):
 
 def test_an_uneven_position_stands_out_of_even_ones_and_each_cell_says_its_share():
     layers = [masked("2:4", [0.25, 0.29, 0.21, 0.25]), masked("1:2", [0.5, 0.5])]
-    shares, positions = charts.compliance_heatmap(layers, "view")["data"]
+    drawn = charts.compliance_heatmap(layers, "view")
+    (shares, positions), axes = drawn["data"], drawn["layout"]
+    assert positions["xaxis"] == "x2" and axes["xaxis"]["domain"][1] == axes["xaxis2"]["domain"][0] == 2 / 6
     assert all(trace["textfont"]["color"] == palettes.CELL_TEXT for trace in (shares, positions))
     assert [word for _, word in cells(shares)][:2] == ["100%", "50%"]
     colors, words = zip(*cells(positions))
