@@ -142,6 +142,12 @@ def compliance(run: Run) -> None:
     st.dataframe([{"layer": la["layer"], "why": la["reason"]} for la in skipped], hide_index=True)
 
 
+def compliance_files(run: Run) -> tuple[Any, ...]:
+    """What changes when there is something new to draw of compliance."""
+    stamps = [lab.stamp(run.folder / name) for name in ("layers.json", "allocation.json")]
+    return (*stamps, len(lab.events(run, "baseline")))
+
+
 def kept_sets(run: Run, layers: list[dict[str, Any]]) -> None:
     """Which N of M positions the groups keep, by layer: a heatmap and a table for each pattern."""
     counted = [la for la in layers if la.get("pattern_shares")]

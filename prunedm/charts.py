@@ -200,7 +200,8 @@ def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
         _cells(names, [f"position {i}" for i in range(widest)], off, [o + r for o, r in zip(balances, missing)])
         | {"zmin": -UNEVEN, "zmax": UNEVEN, "colorscale": palettes.around(0.5), "xaxis": "x2"},
     ]
-    drawn, border = layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}, 2 / (2 + widest)
+    drawn = layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}
+    border = 2 / max(3, 2 + widest)
     drawn["xaxis2"] = drawn["xaxis"] | {"domain": [border, 1]}
     drawn["xaxis"] |= {"domain": [0, border]}
     drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
