@@ -13,7 +13,7 @@ from fake_runs import fake
 from streamlit.testing.v1 import AppTest
 
 from app import lab, mask_views, pace
-from prunedm import learn, pipeline, snapshots, store
+from prunedm import learn, pictures, pipeline, seed_sheets, snapshots, store
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe
 
@@ -321,6 +321,15 @@ def test_monitor_duplicates_the_run_that_it_shows(with_done):
     assert not app.exception
     shown = next(c.value for c in app.code if c.language == "yaml")
     assert recipes.build(recipes.parse(shown)) == with_done.recipe()
+
+
+def test_every_sheet_of_a_run_carries_its_recipe(with_done, runs):
+    drawn = seed_sheets.draw(f"{with_done.id}/nm", 0, runs, recipes.Eval())
+    sheets = [drawn, *with_done.samples(), *(with_done.sheet(name) for name in with_done.variants())]
+    for path in sheets:
+        _, info = pictures.read_sheet(path)
+        assert recipes.build(recipes.parse(info["recipe"])) == with_done.recipe(), path.name
+    assert len(sheets) >= 6
 
 
 def test_the_place_in_monitor_is_kept_over_runs_and_pages(with_done, runs):
