@@ -131,3 +131,5 @@ if picked:
         if tab.open:  # the others are drawn when they are asked for
             with tab, parts.said():
                 SECTIONS[name](picked, everything, shown)
+elif everything.judged:
+    st.info("Nothing is picked: choose two models or more above, or one for its own figures.")

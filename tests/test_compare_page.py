@@ -465,3 +465,9 @@ def test_each_pareto_plot_says_what_its_figures_hold_for(with_done):
     assert all(f"{figures['fid_images']} images" in text for text in distances)
     assert all("held-out images" in text for text in losses)
     assert sum(timed in text for text in distances) == 1, "the device is said where times are drawn"
+
+
+def test_nothing_picked_says_what_to_do(with_done):
+    app = open_page("compare")
+    app.multiselect(key=PICK).set_value([]).run()
+    assert "choose two models or more above" in shown(app)
