@@ -186,10 +186,19 @@ def latency(keys: list[str], found: dict[str, Judged]) -> None:
         spread = [_spread(found[key]) for key in own]
         title, where = "Latency of a UNet call, ms (measured)", figures.timed_on(members)
         drawn = model_charts.bars(values, [found[key].variant for key in own], f"{title}<br><sup>{where}</sup>", spread)
-        said = ", ".join(f"{names[key]} {found[key].get('latency_ms'):.3g}" for key in own)
+        said = ", ".join(_in_words(names[key], found[key]) for key in own)
         st.plotly_chart(drawn, key=f"latency {where}", alt=f"{title} ({where}): {said}")
+    if timed:
+        st.caption("Bars are medians; the lines on them reach from the 10th to the 90th percentile of the calls.")
     if len({found[key].get("speed_session") for key in timed}) > 1:
         st.caption("Timed at different times: the machine may have drifted. Judge them alike to time them in turn.")
+
+
+def _in_words(name: str, one: Judged) -> str:
+    """A model's median and, where it was recorded, how the calls spread."""
+    low, high = one.get("latency_ms_p10"), one.get("latency_ms_p90")
+    spread = "" if low is None or high is None else f" (10th to 90th percentile {low:.3g} to {high:.3g})"
+    return f"{name} {one.get('latency_ms'):.3g}{spread}"
 
 
 def _spread(one: Judged) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from prunedm.records import STAGE_LABELS
 from prunedm.steps import Steps
 from prunedm.store import Run
 
-TRAINING = ("lr", "grad_norm")
+TRAINING = ("validation_loss", "lr", "grad_norm")  # below the training loss, where they were recorded
 SETTLING = (
     *("flips", "entropy", "top_probability", "sample_flips", "tau", "residual", "residual_spread", "tracker"),
     *("advantage", "mask_lr", "mask_grad_norm"),
@@ -54,7 +54,7 @@ def controls() -> tuple[str, charts.Look]:
 
 
 def training(run: Run, every: float | None) -> None:
-    """The loss of every stage, the weights' learning rate and gradient norm, looked at as the controls say.
+    """The losses of every stage, the weights' learning rate and gradient norm, looked at as the controls say.
 
     every: seconds between two drawings of a chart while the run is active; None: it is not.
     """
@@ -76,11 +76,11 @@ def _figure_now(run: Run, name: str, axis: str, look: charts.Look) -> tuple[char
     steps = lab.steps(run)
     minutes = running_minutes(run, steps) if axis == TIME else None
     figure = charts.curve(
-        steps, name, STAGE_LABELS, run.id, replace(look, minutes=minutes, log=look.log and name == "loss")
+        steps, name, STAGE_LABELS, run.id, replace(look, minutes=minutes, log=look.log and name in charts.LOSSES)
     )
-    if name == "loss":
-        return figure, f"Training loss over the {axis.lower()} of each stage"
-    return figure, f"{charts.LABELS[name]} over the steps"
+    over = f"the {axis.lower()} of each stage" if name in charts.LOSSES else "the steps"
+    label = charts.LABELS[name]
+    return figure, f"{label[0].upper()}{label[1:]} over {over}"
 
 
 def settling(run: Run, every: float | None) -> None:
@@ -117,7 +117,7 @@ def side_by_side(runs: dict[str, Run]) -> None:
         return
     key, stage = choose_figure(there, [one.stage for steps in known.values() for one in steps.stretches])
     axis, look = controls()
-    look = replace(look, log=look.log and key == "loss")
+    look = replace(look, log=look.log and key in charts.LOSSES)
     drawn = []
     for name, steps in known.items():
         own, minutes = part(runs[name], steps, stage, axis == TIME)

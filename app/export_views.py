@@ -55,7 +55,9 @@ def at_work(task: Task) -> None:
     if task.error:
         st.error(f"{name}: {parts.plain(task.error)}")
     else:
-        st.info(f"{name}: {parts.plain(task.doing)}, {parts.duration(task.seconds)} so far")
+        place = f" ({task.phase} of {task.phases})" if task.phase else ""
+        said = f"{task.path.name}: {task.doing}{place}, {parts.duration(task.seconds)} so far"
+        parts.bar(max(0, task.phase - 1) / task.phases, said)
 
 
 def ready(source: Source, writing: list[Path]) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from prunedm.export import Form
 
 
+ENDINGS = {"packed": ".safetensors", "onnx": ".onnx", "tensorrt": ".onnx"}  # other formats are folders
+FILES = set(ENDINGS.values())
+
+
 @dataclass(frozen=True)
 class Source:
     """What is exported: a run's variant or an imported model.
@@ -52,6 +56,12 @@ class Task:
     future: Future = field(default_factory=Future)
     doing: str = "waiting for the one before it"
     began: float = field(default_factory=time.monotonic)
+    phase: int = 0  # the one at hand, from 1; 0 while it waits
+
+    @property
+    def phases(self) -> int:
+        """Loading, writing and reading back; and a zip of what is a folder."""
+        return 3 if self.path.suffix in FILES else 4
 
     @property
     def error(self) -> str:
@@ -65,6 +75,7 @@ class Task:
 
     def tell(self, doing: str) -> None:
         self.doing = doing
+        self.phase += 1
 
 
 class Exports:
@@ -115,7 +126,7 @@ def _work(task: Task, source: Source, form: Form, runs_dir: Path) -> dict[str, A
 
 def file_name(stem: str, kind: str, dtype: str, int8: str) -> str:
     """``demo-1-nm-packed-fp16.safetensors``: one name for each choice."""
-    ending = {"packed": ".safetensors", "onnx": ".onnx", "tensorrt": ".onnx"}.get(kind, "")
+    ending = ENDINGS.get(kind, "")
     form = dtype if int8 == "none" else f"int8-{int8}"
     return f"{stem}-{kind}-{form}{ending}"
 

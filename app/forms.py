@@ -50,6 +50,18 @@ LABELS = {  # of fields whose names are too short to be read; all others by thei
     "resources.cpus": "CPUs",
     "resources.gpus": "GPUs",
 }
+OWN = "the method's own"
+EMPTY = {  # what an optional field means that is left empty, where that is not something chosen by itself
+    "data.limit": "all",
+    "mask.density": "off",
+    "mask.lr": OWN,
+    "mask.flip_budget": OWN,
+    "mask.tau_start": OWN,
+    "mask.tau_end": OWN,
+    "mask.snapshot_every": "20 in all",
+    "train.min_snr": "off",
+    "resources.artifacts": "none",
+}
 TOP_LEVEL = ("name", "seed", "device")
 # What most runs leave alone waits behind a fold.
 FOLDED = {
@@ -256,7 +268,7 @@ def _widget(path: str, field: Any) -> Any:
     label = label_of(path)
     common = _common(path, field)
     if _typed_as_yaml(kind, optional):
-        given: Any = st.text_input(label, placeholder="automatic" if optional else "none", **common)
+        given: Any = st.text_input(label, placeholder=EMPTY.get(path, "automatic") if optional else "none", **common)
     elif get_origin(kind) is Literal:
         given = st.selectbox(label, get_args(kind), **common)
     elif kind is bool:

@@ -124,7 +124,7 @@ def compliance(run: Run) -> None:
     st.caption(
         f"Pattern {', '.join(patterns)}. Compliance is the share of groups with at most N non-zero weights: while the "
         "masks learn, under the initial masks; after recovery, of the baked weights. Positions: the share of the kept "
-        "weights on each of the M; their colours span a quarter around an even share."
+        "weights on each of the M: white is an even share, blue less, orange more, in full a quarter off it."
     )
     live_plot(
         charts.compliance_heatmap(layers, run.id),
@@ -142,6 +142,12 @@ def compliance(run: Run) -> None:
     st.dataframe([{"layer": la["layer"], "why": la["reason"]} for la in skipped], hide_index=True)
 
 
+def compliance_files(run: Run) -> tuple[Any, ...]:
+    """What changes when there is something new to draw of compliance."""
+    stamps = [lab.stamp(run.folder / name) for name in ("layers.json", "allocation.json")]
+    return (*stamps, len(lab.events(run, "baseline")))
+
+
 def kept_sets(run: Run, layers: list[dict[str, Any]]) -> None:
     """Which N of M positions the groups keep, by layer: a heatmap and a table for each pattern."""
     counted = [la for la in layers if la.get("pattern_shares")]
@@ -152,7 +158,8 @@ def kept_sets(run: Run, layers: list[dict[str, Any]]) -> None:
         if any(len(la["pattern_shares"]) != len(columns) for la in own):
             raise ValueError(f"layers.json is damaged: the shares of the kept sets do not fit {pattern}")
         st.subheader(f"Which {n} of {m} positions are kept")
-        st.caption(f"1 is kept; even is {1 / len(columns):.1%} of a layer's groups for each of {len(columns)} sets.")
+        even = f"{1 / len(columns):.1%} of a layer's groups for each of {len(columns)} sets"
+        st.caption(f"1 is kept; even is {even}: white. Blue is less, orange more.")
         alt = f"Share of the groups that keep each of {len(columns)} sets of {n} of {m} positions, in {len(own)} layers"
         live_plot(charts.kept_sets_heatmap(own, n, m, f"{run.id}/sets/{pattern}"), f"kept-sets-{pattern}", alt)
         with st.expander("As a table"):

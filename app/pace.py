@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
+from typing import TypeVar
 
 import streamlit as st
 
@@ -17,6 +19,7 @@ SHARE = 0.025  # of the machine's processors, for all tabs together
 SLOWEST = 5.0  # times as long between two updates, and no more
 WATCHES = 20.0  # seconds after an update in which a tab counts
 
+T = TypeVar("T")
 _watchers: dict[str, float] = {}  # tab to its last update
 
 
@@ -39,3 +42,9 @@ def every(seconds: float, name: str) -> float:
     """Seconds between two updates of a part of this tab that would like so many, at this moment's number of tabs."""
     stretch = watchers(name) * TAB / (SHARE * (os.cpu_count() or 1))
     return seconds * min(SLOWEST, max(1.0, stretch))
+
+
+def held(now: T, look: Callable[[], T], seconds: float) -> Callable[[], T]:
+    """``look`` that finds nothing but what there is ``now`` until so many seconds have passed."""
+    until = time.monotonic() + seconds
+    return lambda: look() if time.monotonic() >= until else now

@@ -146,7 +146,7 @@ def matches(one: Row, text: str, states: list[str], tags: list[str], archived: b
 
 # --- the table -----------------------------------------------------------------------------------
 def frame(found: list[Row]) -> pd.DataFrame:
-    """The table, a row a run. Absent figures are empty cells; conditions stand beside the figures."""
+    """The table, a row a run. Absent figures are empty cells; what the figures hold for stands behind them."""
     return pd.DataFrame([_cells(one) for one in found], columns=list(columns()))
 
 
@@ -208,22 +208,24 @@ def state_words(one: Row) -> str:
 
 
 def columns() -> dict[str, Any]:
-    """Headings, help and number formats of :func:`frame`'s columns, in their order."""
+    """Headings, help and number formats of :func:`frame`'s columns, in their order: up to the packed size they fit the
+    page at 1280 pixels."""
     text, number = st.column_config.TextColumn, st.column_config.NumberColumn
+    line = st.column_config.LineChartColumn
     return {
-        "run": text("Run", pinned=True, width=225),
-        "state": text("State", width=115),
-        "loss": st.column_config.LineChartColumn("Training loss", width=105, help="of all stages, one after the other"),
+        "run": text("Run", pinned=True, width=185),
+        "state": text("State", width=105),
+        "loss": line("Loss", width=75, help="training loss of all stages, one after the other"),
         "tags": st.column_config.ListColumn("Tags", width=125),
-        "nonzero": number("Non-zero", format="compact", width=80, help="parameters of the last variant but zeros"),
-        "removed": number("vs dense", format="percent", width=80, help="change of the non-zero parameters"),
-        "validation": number("Val. loss", format="%.5f", width=85, help="noise-prediction error on held-out images"),
-        "worse": number("vs dense", format="percent", width=80, help="change of the validation loss, if judged alike"),
-        "fd": number("FD", format="%.3f", width=70, help="Frechet distance, by the extractor beside it"),
+        "nonzero": number("Non-zero", format="compact", width=75, help="parameters of the last variant but zeros"),
+        "removed": number("vs dense", format="percent", width=75, help="change of the non-zero parameters"),
+        "validation": number("Val. loss", format="%.5f", width=80, help="noise-prediction error on held-out images"),
+        "worse": number("vs dense", format="percent", width=75, help="change of the validation loss, if judged alike"),
+        "fd": number("FD", format="%.3f", width=60, help="Frechet distance, by the extractor under FD by"),
+        "latency": number("ms", format="%.2f", width=55, help="median of one UNet call, measured"),
+        "packed": number("Packed", format="%.2f MiB", width=80, help="the packed N:M file in fp16"),
         "fd_by": text("FD by", width=170),
-        "latency": number("ms", format="%.2f", width=65, help="median of one UNet call, measured"),
         "timed_on": text("ms on", width=150),
-        "packed": number("Packed", format="%.2f MiB", width=90, help="the packed N:M file in fp16"),
         "variant": text("Variant", width=80, help="the last one that was evaluated: the figures are its own"),
         "note": text("Note", width=200, help="its first line"),
         "problem": text("Problem", width=220, help="why it failed or cannot be read"),

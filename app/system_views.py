@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -188,19 +189,11 @@ def trace(name: str, x: list[float], y: list[float | None], number: int) -> dict
 
 
 def layout(title: str, view: str) -> dict[str, Any]:
-    axis = {"gridcolor": charts.GRID, "zeroline": False, "automargin": True, "rangemode": "tozero"}
-    return {
-        "height": 300,
-        "margin": {"l": 50, "r": 10, "t": 40, "b": 45},
-        "legend": {"orientation": "h", "y": 1.15},
-        "uirevision": view,
-        "showlegend": True,
-        "font": {"color": charts.GREY, "family": charts.FONT},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "xaxis": axis | {"title": {"text": "minutes since the start"}},
-        "yaxis": axis | {"title": {"text": title}},
-    }
+    """The axes of a figure over the run, both from zero: their numbers stand off, or the two zeros would touch."""
+    found = charts.layout("minutes since the start", title, view) | {"height": 300, "showlegend": True}
+    for axis in ("xaxis", "yaxis"):
+        found[axis] |= {"rangemode": "tozero", "ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}
+    return found
 
 
 # --- This machine
@@ -232,15 +225,21 @@ def _processor() -> Processor:
 def machine_now() -> list[tuple[str, str, str]]:
     """CPU, memory, GPU and disk at this moment: label, figure, and what it means."""
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(existing(lab.runs_dir()))
-    gpus = _gpus()
-    seen = gpus.look()
-    gpu = ("GPU", f"{len(seen)}", ", ".join(gpu_now(one) for one in seen)) if seen else ("GPU", "none seen", NO_GPU)
     return [
         (f"CPU, {os.cpu_count()} cores", f"{_processor().look():.0f} %", "of all processes, since the last look"),
         ("Memory free", bytes_in_words(memory.available), f"of {bytes_in_words(memory.total)}"),
-        gpu,
+        gpus_in_words(_gpus().look()),
         ("Disk free", bytes_in_words(disk.free), f"where runs are kept: {parts.plain(lab.runs_dir())}"),
     ]
+
+
+def gpus_in_words(seen: list[dict[str, Any]]) -> tuple[str, str, str]:
+    """Names of the GPUs in the label, alike ones once; how many; and what each is at."""
+    if not seen:
+        return "GPU", "none seen", NO_GPU
+    names = Counter(gpu["name"] or "unnamed" for gpu in seen)
+    said = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in names.items())
+    return f"GPU, {parts.plain(said)}", f"{len(seen)}", ", ".join(gpu_now(one) for one in seen)
 
 
 def existing(path: Path) -> Path:

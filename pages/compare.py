@@ -132,3 +132,5 @@ if picked:
             with tab, parts.said():
                 SECTIONS[name](picked, everything, shown)
     parts.show_open_tab()
+elif everything.judged:
+    st.info("Nothing is picked: choose two models or more above, or one for its own figures.")

@@ -10,9 +10,10 @@ import streamlit as st
 
 from app import curve_views, forms, lab, live, mask_views, pace, parts, system_views
 from prunedm.records import RESUMABLE, STAGE_LABELS
-from prunedm.store import EVENTS, SYSTEM, Run, stage_step
+from prunedm.store import SYSTEM, Run, stage_step
 
 EVERY = 2.0  # seconds between two looks at curves, the machine and the log
+EVERY_FILES = 5.0  # seconds at least between two turns of the page for new files of the open tab
 
 
 def header(card: lab.Card) -> None:
@@ -23,7 +24,11 @@ def header(card: lab.Card) -> None:
         parts.state_chip(card.status)
     with bar:
         if is_live:
-            live.line("progress", progress(card), lambda: progress(lab.card(card.run)), parts.EVERY_PROGRESS)
+            files = functools.partial(TABS[open_tab()].files, card.run)
+            drawn = files()
+            later = pace.held(drawn, files, EVERY_FILES)
+            look = lambda: progress(lab.card(card.run), later())  # noqa: E731
+            live.line("progress", progress(card, drawn), look, parts.EVERY_PROGRESS)
         else:
             st.html(progress(card)["html"])
     with actions, parts.said():
@@ -35,16 +40,15 @@ def header(card: lab.Card) -> None:
             try_again(card, changes, f"try again {alert.get('stage')} {what}")
 
 
-def progress(card: lab.Card) -> dict[str, str]:
+def progress(card: lab.Card, files: Any = None) -> dict[str, str]:
     """The line under the state. The page turns with the state, with what was asked of the run, and with what there is
-    to draw: events, samples, snapshots of the masks, and figures that are recorded for the first time."""
+    to draw: alerts, figures that are recorded for the first time, and ``files``, those of the open tab."""
     if card.problem:
         return {"html": "", "turn": card.problem}
     run = card.run
     running = "" if card.status == "done" else f" · {parts.duration(card.state.seconds)} of running"
     stages = f"{len(card.state.stages_done)} of {len(STAGE_LABELS)} stages done{running}"
-    files = (len(run.samples()), len(run.mask_snapshots()))
-    records = (len(lab.lines(run, EVENTS)), bool(lab.lines(run, SYSTEM)), lab.steps(run).names)
+    records = (len(lab.events(run, "alert")), bool(lab.lines(run, SYSTEM)), lab.steps(run).names)
     return {
         "html": parts.progress_html(card, stages, *([system_views.strip(run)] if card.active else [])),
         "turn": repr((card.status, run.pause_requested(), files, records)),
@@ -156,22 +160,29 @@ def recipe(run: Run) -> None:
 @dataclass(frozen=True)
 class Tab:
     """What a tab draws of a run; ``every``: seconds after which it is drawn anew, None where the page turns when there
-    is something new."""
+    is something new among the ``files`` that it draws."""
 
     draw: Callable[..., None]
     every: float | None = None
     follows: bool = False  # whether it has charts that follow the run by themselves: told after how many seconds
+    files: Callable[[Run], Any] = lambda run: None
 
 
 TABS = {
     "Curves": Tab(curve_views.training, follows=True),
-    "Masks": Tab(mask_views.evolution, follows=True),
-    "Compliance": Tab(mask_views.compliance),
-    "Samples": Tab(samples),
+    "Masks": Tab(mask_views.evolution, follows=True, files=lambda run: len(run.mask_snapshots())),
+    "Compliance": Tab(mask_views.compliance, files=mask_views.compliance_files),
+    "Samples": Tab(samples, files=lambda run: len(run.samples())),
     "Log": Tab(parts.log, EVERY),
     "Recipe": Tab(recipe),
     "System": Tab(system_views.tab, follows=True),
 }
+
+
+def open_tab() -> str:
+    """The tab that :func:`tabs` is about to draw."""
+    places = (st.session_state.get("tab"), st.query_params.get("tab"), st.session_state.get("monitor_tab"))
+    return next((place for place in places if place in TABS), next(iter(TABS)))
 
 
 def tabs(run: Run) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from . import palettes
 from .stage_recipes import Pattern
 from .steps import Steps
 
@@ -25,8 +26,10 @@ LARGEST_TRACE = 1000
 UNEVEN = 0.25  # of an even share: where the colours of position balance end
 SMOOTHING = 0.9
 NOISY = ("loss", "residual", "advantage", "grad_norm", "mask_grad_norm")
+LOSSES = ("loss", "validation_loss")  # drawn on a logarithmic scale where asked
 LABELS = {
     "loss": "training loss",
+    "validation_loss": "validation loss on the way",
     "entropy": "entropy of the kept set (bits)",
     "flips": "groups that differ from the initial mask",
     "tau": "temperature",
@@ -41,7 +44,6 @@ LABELS = {
     "mask_grad_norm": "gradient norm of the masks",
     "grad_norm": "gradient norm of the weights",
 }
-BIN_COLORS = [f"hsl({260 - 22 * b},60%,50%)" for b in range(10)]  # noisy is warm, clean is cool
 
 
 @dataclass(frozen=True)
@@ -182,34 +184,43 @@ def evolution_heatmap(
 def compliance_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
     """Layers x figures: compliance, density and the share kept on each of the M positions.
 
-    The colours of a position span :data:`UNEVEN` around an even share: else no imbalance would be seen.
+    The colours of a position span :data:`UNEVEN` around an even share: else no imbalance would be seen. Positions have
+    an axis of their own: plotly would write the words of two heatmaps on one axis over one another.
     """
     shown = [la for la in layers if la["compliance"] is not None]
-    widest = max((len(la["position_balance"]) for la in shown), default=0)
-    columns = ["compliance", "density", *(f"position {i}" for i in range(widest))]
-    rows, texts = [], []
-    for la in shown:
-        balance = la["position_balance"]
-        missing = [None] * (widest - len(balance))
-        shades = [min(1, max(0, 0.5 + (share * len(balance) - 1) / (2 * UNEVEN))) for share in balance]
-        rows.append([la["compliance"], la["density"], *shades, *missing])
-        texts.append([f"{v:.0%}" for v in (la["compliance"], la["density"], *balance)] + [""] * len(missing))
-    trace = {
+    names = [f"{short(la['layer'])}  {la['pattern']}" for la in shown]
+    shares = [[la["compliance"], la["density"]] for la in shown]
+    balances = [la["position_balance"] for la in shown]
+    widest = max(map(len, balances), default=0)
+    missing = [[None] * (widest - len(balance)) for balance in balances]
+    off = [[share * len(own) - 1 for share in own] + rest for own, rest in zip(balances, missing)]
+    traces = [
+        _cells(names, ["compliance", "density"], shares, shares)
+        | {"zmin": 0, "zmax": 1, "colorscale": palettes.SHARES},
+        _cells(names, [f"position {i}" for i in range(widest)], off, [o + r for o, r in zip(balances, missing)])
+        | {"zmin": -UNEVEN, "zmax": UNEVEN, "colorscale": palettes.around(0.5), "xaxis": "x2"},
+    ]
+    drawn = layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}
+    border = 2 / max(3, 2 + widest)
+    drawn["xaxis2"] = drawn["xaxis"] | {"domain": [border, 1]}
+    drawn["xaxis"] |= {"domain": [0, border]}
+    drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
+    return {"data": traces, "layout": drawn}
+
+
+def _cells(names: list[str], columns: list[str], values: list[list], shares: list[list]) -> dict[str, Any]:
+    """A heatmap with a share written in each cell, in a colour that is read on every cell of a light scale."""
+    return {
         "type": "heatmap",
-        "z": rows,
+        "z": values,
         "x": columns,
-        "y": [f"{short(la['layer'])}  {la['pattern']}" for la in shown],
-        "text": texts,
+        "y": names,
+        "text": [["" if share is None else f"{share:.0%}" for share in row] for row in shares],
         "texttemplate": "%{text}",
-        "zmin": 0,
-        "zmax": 1,
-        "colorscale": "Cividis",
+        "textfont": {"color": palettes.CELL_TEXT},
         "showscale": False,
         "hovertemplate": "%{y}<br>%{x}: %{text}<extra></extra>",
     }
-    drawn = layout("", "", view) | {"height": max(320, 18 * len(shown) + 90)}
-    drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}
-    return {"data": [trace], "layout": drawn}
 
 
 def sensitivity_heatmap(layers: list[dict[str, Any]], view: str) -> Figure:
@@ -277,9 +288,9 @@ def tracker_by_bin(steps: Steps, timesteps: int, view: str) -> Figure:
             "name": name,
             "x": stretch.steps[keep].tolist(),
             "y": stretch.figures[f"tracker.{b}"][keep].tolist(),
-            "line": {"color": BIN_COLORS[b % len(BIN_COLORS)], "width": 1.5},
+            "line": {"color": color, "width": 1.5},
         }
-        for b, name in enumerate(bin_names(bins, timesteps))
+        for b, (name, color) in enumerate(zip(bin_names(bins, timesteps), palettes.steps(bins)))
     ]
     return {"data": traces, "layout": layout("mask step", "tracker by timestep bin", f"{view}/tracker")}
 
@@ -294,22 +305,24 @@ def plain(value: Any) -> Any:
 
 
 def kept_sets_heatmap(layers: list[dict[str, Any]], n: int, m: int, view: str) -> Figure:
-    """Layers x the sets of N kept positions of M (``1100``...): share of the layer's groups that keep each."""
+    """Layers x the sets of N kept positions of M (``1100``...): share of the layer's groups that keep each.
+
+    The lightest colour is an even share; the others span :data:`UNEVEN` around it, or as much as there is.
+    """
     columns = Pattern(n, m).kept_sets
-    shares = [la["pattern_shares"] for la in layers]
-    trace = {
-        "type": "heatmap",
-        "z": shares,
-        "x": columns,
-        "y": [plain(short(la["layer"])) for la in layers],
-        "zmin": 0,
-        "zmax": max([2 / len(columns), *(max(row) for row in shares)]),
-        "colorscale": "Cividis",
+    shares, even = [la["pattern_shares"] for la in layers], 1 / len(columns)
+    span = max([UNEVEN * even, *(abs(share - even) for row in shares for share in row)])
+    low, high = max(0.0, even - span), even + span
+    trace = _cells([plain(short(la["layer"])) for la in layers], columns, shares, shares) | {
+        "zmin": low,
+        "zmax": high,
+        "colorscale": palettes.around((even - low) / (high - low)),
+        "showscale": True,
         "colorbar": {"tickformat": ".0%"},
         "hovertemplate": "%{y}<br>%{x}: %{z:.1%} of the groups<extra></extra>",
     }
-    if len(columns) <= 8:
-        trace |= {"text": [[f"{share:.0%}" for share in row] for row in shares], "texttemplate": "%{text}"}
+    if len(columns) > 8:
+        del trace["text"], trace["texttemplate"]  # no room for words
     drawn = layout(f"kept positions of {m}", "", view) | {"height": max(320, 18 * len(layers) + 90)}
     drawn["xaxis"]["type"] = "category"
     drawn["yaxis"] |= {"autorange": "reversed", "dtick": 1, "tickfont": {"size": 9}}

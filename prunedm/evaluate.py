@@ -179,7 +179,8 @@ def target_of(run: Run, name: str, device: torch.device) -> Target:
     place = run.variant(name)
     model = unet.load(str(place))
     model.unet.to(device)
-    found = Target(model, place, run.sheet(name), is_dense=name == "dense", info={"run": run.id, "variant": name})
+    info = {"run": run.id, "variant": name, "recipe": run.recipe().to_yaml()}
+    found = Target(model, place, run.sheet(name), is_dense=name == "dense", info=info)
     if name == "nm":
         found.patterns = {layer["layer"]: layer["pattern"] for layer in run.layers() if layer["eligible"]}
     if name != "dense":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .charts import GREY, VARIANT_COLORS, Figure, Look, bin_names, curve_layout, layout, lines, plain, series
+from .palettes import CELL_TEXT
 from .steps import Steps
 
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#808495")
@@ -28,7 +29,7 @@ def bars(
         "textposition": "inside",
         "insidetextanchor": "start",
         "textangle": 0,
-        "textfont": {"color": "#111111"},
+        "textfont": {"color": CELL_TEXT},
     }
     if spread:
         above = [high - h for h, (_, high) in zip(heights, spread)]

@@ -129,7 +129,7 @@ def _mask_charts(name: str, masked: list[dict[str, Any]]) -> Iterator[Html]:
                 for la in whole]  # fmt: skip
         data = table(head, [row + [""] * (len(head) - len(row)) for row in rows], "Compliance by layer", kind="tall")
         alt = f"Compliance, density and position balance of {len(whole)} masked layers of {name}"
-        note = "Even is 1/M of the kept weights on each position; the shades of positions span a quarter around even."
+        note = "Even is 1/M of the kept weights on each position: white. Blue is less, orange more, full a quarter off."
         yield chart(
             charts.compliance_heatmap(charts.plain(whole), "layers"), "Compliance and positions", alt, data, note
         )
@@ -148,7 +148,7 @@ def _kept_sets(name: str, text: str, layers: list[dict[str, Any]]) -> Html:
     data = table(["layer", *columns], rows, f"Kept sets of {text}", kind="tall")
     alt = f"Share of the groups that keep each of the {len(columns)} sets of {n} of {m} positions in {len(layers)} "
     alt += f"layers of {name}"
-    note = f"1 is kept. Even is {1 / len(columns):.1%} of a layer's groups."
+    note = f"1 is kept. Even is {1 / len(columns):.1%} of a layer's groups: white. Blue is less, orange more."
     return chart(drawn, f"Which {n} of {m} positions are kept", alt, data, note)
 
 

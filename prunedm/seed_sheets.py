@@ -54,7 +54,8 @@ def draw(source: str, start: int, runs_dir: Path, settings: Eval) -> Path:
         if variant not in run.variants():
             known = ", ".join(run.variants()) or "none yet"
             raise ValueError(f"{source}: run {run_id} has the variants {known}; name one of them")
-        recipe, place, info = run.recipe(), run.variant(variant), {"run": run.id, "variant": variant}
+        recipe, place = run.recipe(), run.variant(variant)
+        info = {"run": run.id, "variant": variant, "recipe": recipe.to_yaml()}
         return _draw(of_variant(run, variant), start, place, info, recipe.eval, recipe.device)
     place = unet.locate(source)
     return _draw(of_folder(subject.fingerprint(place), settings), start, place, {"model": place.name}, settings, "auto")

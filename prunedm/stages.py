@@ -381,6 +381,7 @@ class Pipeline:
         seeds = image_seeds(self.recipe.eval.seed, range(PREVIEW_IMAGES))
         images = diffusion.sample(model, self.model.scheduler, seeds, "ddim", PREVIEW_STEPS)
         info = {"run": self.run.id, "stage": stage, "step": step, "sampler": "ddim", "steps": PREVIEW_STEPS}
+        info["recipe"] = self.recipe.to_yaml()
         png = pictures.sheet_png(diffusion.to_uint8(images), info)
         store.write_atomic(self.run.sample_path(stage, step), png)
         self.run.event_anew("sample", {"stage": stage, "step": step})

@@ -1,5 +1,6 @@
 """Each page through Streamlit's AppTest: empty, done, running, failed, interrupted, unreadable."""
 
+import json
 import re
 import shutil
 import threading
@@ -7,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from apptest import said
+from apptest import components, said
+from fake_runs import fake
 from streamlit.testing.v1 import AppTest
 
 from app import lab, mask_views, pace
-from prunedm import learn, pipeline, snapshots, store
+from prunedm import learn, pictures, pipeline, seed_sheets, snapshots, store
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe
 
@@ -321,6 +323,15 @@ def test_monitor_duplicates_the_run_that_it_shows(with_done):
     assert recipes.build(recipes.parse(shown)) == with_done.recipe()
 
 
+def test_every_sheet_of_a_run_carries_its_recipe(with_done, runs):
+    drawn = seed_sheets.draw(f"{with_done.id}/nm", 0, runs, recipes.Eval())
+    sheets = [drawn, *with_done.samples(), *(with_done.sheet(name) for name in with_done.variants())]
+    for path in sheets:
+        _, info = pictures.read_sheet(path)
+        assert recipes.build(recipes.parse(info["recipe"])) == with_done.recipe(), path.name
+    assert len(sheets) >= 6
+
+
 def test_the_place_in_monitor_is_kept_over_runs_and_pages(with_done, runs):
     other = runs / f"{with_done.id}-2"
     shutil.copytree(with_done.folder, other)
@@ -341,6 +352,20 @@ def test_curves_are_drawn_over_time_smoothed_and_as_recorded(with_done):
     app.slider(key="curve_smoothing").set_value(0.0).run()
     app.toggle(key="log_loss").set_value(True).run()
     assert not app.exception and not app.error
+
+
+def test_validation_losses_on_the_way_are_drawn_on_monitor_and_compare(runs):
+    run = fake(runs, "validated", steps={"finetune": 10})
+    losses = [{"validation_loss": 0.5 / step} if step % 5 == 0 else {} for step in range(1, 21)]
+    lines = [{"stage": "mask", "step": i, "time": float(i), "loss": 0.1, **one} for i, one in enumerate(losses, 1)]
+    run.append("metrics.jsonl", lines)
+    monitor, compare = open_page("monitor", run=run.id), open_page("compare", view="Curves")
+    compare.selectbox(key="compare_figure").set_value("validation_loss").run()
+    for app in (monitor, compare):
+        drawn = [data["content"] for name, data in components(app) if name == "prunedm_live_plot"]
+        (found,) = [each for each in drawn if each["alt"].casefold().startswith("validation loss on the way")]
+        (trace,) = json.loads(found["figure"])["data"]
+        assert trace["x"] == [15, 20, 25, 30] and trace["mode"] == "lines+markers"
 
 
 def test_a_bad_value_in_the_form_is_said_and_offers_no_start(runs):

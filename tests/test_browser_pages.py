@@ -50,7 +50,7 @@ RUN_AXE = """async (excluded) => {
     .flatMap((rule) => rule.nodes.filter((node) => !own(rule.id, node)).map(
       (node) => `${rule.id}: ${node.html.slice(0, 160)} (${[...node.any, ...node.all, ...node.none][0]?.message})`));
 }"""
-# Words of charts, which axe does not look at, but for those on a bar or a cell: plotly chooses their colour by it.
+# Words of charts, which axe does not look at, but for those on a bar or a cell, which test_charts.py looks at.
 FAINT_WORDS = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   const light = (...colors) => {

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import mask_views
-from prunedm import charts, model_charts, snapshots
+from prunedm import charts, model_charts, palettes, snapshots
 from prunedm.steps import Steps
 
 RECORDS = [{"stage": "finetune", "step": i, "loss": float(i), "lr": 0.1} for i in range(1, 21)]
@@ -110,3 +110,65 @@ def test_runs_lie_over_one_another_in_colours_of_their_own_with_one_name_each():
     assert second[0]["y"] == [float(i) for i in range(1, 41)] and second[1]["y"] != second[0]["y"]
     assert len(model_charts.run_curves(runs, "entropy", "view")["data"]) == 3, "what is not noisy has no shadow"
     assert json.dumps(drawn)
+
+
+def masked(pattern, balance, sets=None):
+    """A masked layer as layers.json has it."""
+    return {
+        "layer": "mid_block.resnets.0.conv1", "pattern": pattern, "compliance": 1.0, "density": sum(sets or [1]) / 2,
+        "position_balance": balance, "pattern_shares": sets,
+    }  # fmt: skip
+
+
+def cells(trace):
+    """The colour of each cell that words stand on, and those words."""
+    low, high = trace["zmin"], trace["zmax"]
+    for values, words in zip(trace["z"], trace["text"]):
+        for value, word in zip(values, words):
+            if value is not None:
+                yield palettes.at(trace["colorscale"], (value - low) / (high - low)), word
+
+
+def test_contrast_is_that_of_wcag():
+    assert palettes.contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert palettes.contrast("#777777", "#ffffff") == palettes.contrast("#ffffff", "#777777")
+    assert palettes.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("even", [0.02, 1 / 6, 0.5])
+def test_words_are_read_on_every_colour_of_a_cell_and_of_a_bar(even):
+    scales = (palettes.SHARES, palettes.around(even))
+    grounds = [palettes.at(scale, i / 200) for scale in scales for i in range(201)] + [*charts.VARIANT_COLORS.values()]
+    assert min(palettes.contrast(palettes.CELL_TEXT, ground) for ground in grounds) >= palettes.LEAST_CONTRAST
+    bars = model_charts.bars({"a": 1.0}, ["nm"], "t")["data"][0]
+    assert bars["textfont"]["color"] == palettes.CELL_TEXT
+
+
+def test_an_uneven_position_stands_out_of_even_ones_and_each_cell_says_its_share():
+    layers = [masked("2:4", [0.25, 0.29, 0.21, 0.25]), masked("1:2", [0.5, 0.5])]
+    drawn = charts.compliance_heatmap(layers, "view")
+    (shares, positions), axes = drawn["data"], drawn["layout"]
+    assert positions["xaxis"] == "x2" and axes["xaxis"]["domain"][1] == axes["xaxis2"]["domain"][0] == 2 / 6
+    assert all(trace["textfont"]["color"] == palettes.CELL_TEXT for trace in (shares, positions))
+    assert [word for _, word in cells(shares)][:2] == ["100%", "50%"]
+    colors, words = zip(*cells(positions))
+    assert words == ("25%", "29%", "21%", "25%", "50%", "50%")
+    assert {colors[0], *colors[3:]} == {palettes.EVEN} and len({palettes.EVEN, colors[1], colors[2]}) == 3
+
+
+def test_an_even_share_of_the_kept_sets_is_the_lightest_colour():
+    for shares in ([0.1, 0.2, 0.3, 0.1, 0.2, 0.1], [1.0, 0, 0, 0, 0, 0], [1 / 6] * 6):
+        (trace,) = charts.kept_sets_heatmap([masked("2:4", [], shares)], 2, 4, "view")["data"]
+        middle = (1 / 6 - trace["zmin"]) / (trace["zmax"] - trace["zmin"])
+        assert palettes.at(trace["colorscale"], middle) == palettes.EVEN and trace["zmin"] >= 0
+        assert trace["zmin"] <= min(shares) and trace["zmax"] >= max(shares)
+    many = [1 / 20] * 20
+    assert "text" not in charts.kept_sets_heatmap([masked("3:6", [], many)], 3, 6, "view")["data"][0]
+
+
+@pytest.mark.parametrize("bins", [1, 10, 14])
+def test_each_timestep_bin_has_its_own_colour_darker_the_cleaner(bins):
+    records = [{"stage": "mask", "step": i, **{f"tracker.{b}": 0.1 for b in range(bins)}} for i in range(1, 5)]
+    drawn = charts.tracker_by_bin(Steps.of(records), 1000, "view")["data"]
+    lightness = [palettes.contrast(trace["line"]["color"], "#000000") for trace in drawn]
+    assert len(drawn) == bins and lightness == sorted(set(lightness))

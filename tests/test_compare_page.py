@@ -505,3 +505,17 @@ def test_each_pareto_plot_says_what_its_figures_hold_for(with_done):
     assert all(f"{figures['fid_images']} images" in text for text in distances)
     assert all("held-out images" in text for text in losses)
     assert sum(timed in text for text in distances) == 1, "the device is said where times are drawn"
+
+
+def test_nothing_picked_says_what_to_do(with_done):
+    app = open_page("compare")
+    app.multiselect(key=PICK).set_value([]).run()
+    assert "choose two models or more above" in shown(app)
+
+
+def test_the_lines_on_the_bars_of_latency_are_said_to_be_percentiles(with_done):
+    app = open_page("compare", view="Latency")
+    figures = with_done.evaluation()["nm"]
+    (chart,) = app.get("plotly_chart")
+    assert "from the 10th to the 90th percentile" in said(app)
+    assert f"percentile {figures['latency_ms_p10']:.3g} to {figures['latency_ms_p90']:.3g}" in str(chart.proto)

@@ -203,3 +203,13 @@ def test_the_queue_lists_what_waits_and_runs(runs, monkeypatch):
     assert "Queue" in text and "Learn N:M masks: 3 of 10" in text and "next" in text
     links = [link.label.replace("\\", "") for link in app.get("page_link")]
     assert links[-2:] == [first.id, second.id]
+
+
+def test_an_empty_field_says_what_that_means(runs):
+    app = open_page("launch")
+    for section in forms.FOLDED:
+        app.session_state[f"launch.fold.{section}"] = True
+    said = {field.key.removeprefix("recipe."): field.placeholder for field in app.run().text_input}
+    assert said["data.limit"] == "all" and said["mask.density"] == said["train.min_snr"] == "off"
+    assert said["resources.artifacts"] == "none" and said["mask.lr"] == "the method's own"
+    assert set(forms.EMPTY) <= set(said), "each is a field of the form"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 
 import pytest
 from apptest import components, live_lines, open_page, said
@@ -118,8 +119,6 @@ def a_file(run, folder, name):
         lambda run: run.event("alert", what="spike", text="x", remedy="y", step=1),
         lambda run: run.append("metrics.jsonl", [RECORD]),
         lambda run: run.request_pause(),
-        lambda run: a_file(run, "samples", "mask-0000010.png"),
-        lambda run: a_file(run, "masks", "mask-0000010.npz"),
     ],
 )
 def test_the_monitor_turns_with_its_run(run, happens):
@@ -127,6 +126,37 @@ def test_the_monitor_turns_with_its_run(run, happens):
     assert turn(open_page("monitor", run=run.id)) == before, "not by itself"
     happens(run)
     assert turn(open_page("monitor", run=run.id)) != before
+
+
+FILES = {
+    "Samples": lambda run: a_file(run, "samples", "mask-0000010.png"),
+    "Masks": lambda run: a_file(run, "masks", "mask-0000010.npz"),
+    "Compliance": lambda run: run.write_layers([]),
+}
+
+
+@pytest.mark.parametrize("tab", ["Curves", "Masks", "Compliance", "Samples", "Log"])
+def test_files_turn_the_page_of_the_tab_that_draws_them_and_no_more_than_every_five_seconds(
+    run, browser, monkeypatch, tab
+):
+    """Samples record an event each, which no tab draws: it must not turn the page either."""
+    app = open_page("monitor", run=run.id, tab=tab)
+    (line,) = live_lines(app)
+    part = next(data["part"] for name, data in components(app) if name == "prunedm_live_line")
+    now = lambda: browser.get("/" + part["path"]).json()["turn"]  # noqa: E731
+    clock = time.monotonic()
+    for other, happens in FILES.items():
+        if other != tab:
+            happens(run)
+    run.event("sample", stage="mask", step=10)
+    monkeypatch.setattr(pace.time, "monotonic", lambda: clock + 6)
+    assert now() == line["turn"], "what another tab draws"
+    if tab in FILES:
+        monkeypatch.setattr(pace.time, "monotonic", lambda: clock + 3)
+        FILES[tab](run)
+        assert now() == line["turn"], "not yet"
+        monkeypatch.setattr(pace.time, "monotonic", lambda: clock + 6)
+        assert now() != line["turn"]
 
 
 @pytest.mark.parametrize("page", ["monitor", "home"])

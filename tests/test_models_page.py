@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from apptest import click, labels, open_page, said, shown, wait_for
 from conftest import make_unet
 from diffusers import DDPMScheduler
 
-from app import exports, layer_views
+from app import export_views, exports, layer_views
 from prunedm import imports, packed, pipeline, store, unet, verify
 
 MARKUP = "<b>a</b> ![x](http://example.invalid/p.png) *b*, 50%"
@@ -94,6 +95,7 @@ def test_an_imported_model_is_exported_in_each_format_into_the_labs_own_folder(i
     assert path.name == exports.file_name("theirs", kind, dtype, int8) and path.is_relative_to(runs)
     assert listing(imported.path) == before, "nothing is written into the model's folder"
     assert verify.inspect(path)["ok"] and task.doing in ("reading it back", "making a zip of it")
+    assert task.phase == task.phases, "every phase was told of"
     assert [one.name for one in imports.listing(runs)] == ["theirs"], "exports are no model of the list"
 
 
@@ -412,3 +414,15 @@ def test_an_imported_model_of_three_colours_is_looked_at(runs, tmp_path_factory)
     assert imports.look(folder).shape == (3, 8, 12)
     app = open_page("models", imported=imports.from_path(folder, runs).name)
     assert "images 12x8, colour" in shown(app)
+
+
+def test_an_export_at_work_shows_how_many_of_its_phases_are_done(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(export_views.parts, "bar", lambda share, *lines: drawn.append((share, lines[0])))
+    task = exports.Task(Path("a-1.5-diffusers-fp32"))
+    for phase in ("loading", "writing"):
+        export_views.at_work(task)
+        task.tell(phase)
+    export_views.at_work(task)
+    assert [share for share, _ in drawn] == [0, 0, 0.25] and "writing (2 of 4)" in drawn[-1][1]
+    assert exports.Task(Path("a-1.5-packed-fp16.safetensors")).phases == 3

@@ -482,3 +482,11 @@ def tick_row(page, place):
     box = page.get_by_test_id("stDataFrame").first.bounding_box()
     page.mouse.click(box["x"] + 16, box["y"] + 36 + 35 * place + 17)
     browser.settle(page)
+
+
+def test_every_key_figure_fits_the_page_at_1280_pixels():
+    """900 pixels, of which the box to tick takes 33; the column of tags is there only where a run has any."""
+    found = run_table.columns()
+    shown = list(found)[: list(found).index("packed") + 1]
+    assert {"nonzero", "validation", "fd", "latency", "packed"} <= set(shown)
+    assert sum(found[name]["width"] for name in shown if name != "tags") <= 900 - 33

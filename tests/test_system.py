@@ -11,7 +11,7 @@ import psutil
 import pytest
 from test_app import open_page, said
 
-from app import system_views
+from app import parts, system_views
 from prunedm import charts, jsonl, pipeline, store, system
 from prunedm.recipe import Recipe
 
@@ -227,6 +227,9 @@ def test_figures_show_shares_gibibytes_and_gaps():
     assert has["name"] == "GPU 0" and has["y"] == [None, 12.0, None] and ceiling["y"] == [None, 140.0, None]
     assert json.dumps([run, has]), "plain enough for the browser"
     assert system_views.gpu_now(gpu) == "GPU 0: 12.0 of 140.0 GiB, 54 °C"
+    label, count, told = system_views.gpus_in_words([gpu, gpu | {"index": 1}, gpu | {"name": "L4"}])
+    assert (label, count) == (f"GPU, 2 x {parts.plain('<b>H200</b>')}, L4", "3") and "GPU 1: 12.0" in told
+    assert "color" in figure["layout"]["modebar"]
 
 
 @pytest.mark.parametrize("status", ["running", "paused"])
