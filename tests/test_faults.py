@@ -99,7 +99,14 @@ FILES = (
     *("variants/nm/unet/*.safetensors", "variants/nm/unet/config.json", "variants/nm/model_index.json"),
     *("allocation.json", "notes.json", ".lock", ".heartbeat", "variants/nm/masks.json", "variants/nm/*.safetensors"),
     *("variants/nm/prunedm.json", "variants/nm/samples.png", "variants/nm/README.md", "variants/nm/unet/*.py"),
-    *("variants/nm/scheduler/*.json", "evaluations/*.json", "evaluations/*.png", "exports/*", "log.txt.1"),
+    *(
+        "variants/nm/scheduler/*.json",
+        "evaluations/*.json",
+        "evaluations/*.png",
+        "exports/*",
+        "log.txt.1",
+        "layers-*.json",
+    ),
 )
 
 
