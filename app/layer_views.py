@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from app import model_files, parts
 from prunedm import charts, model_charts
 
 ORDER = ("conv_in", "time_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out")  # as data flows
+KINDS = ("resnets", "attentions", "downsamplers", "upsamplers")
+SAMPLER = 2  # from this kind on, once at a block's end
 KEPT = "#56B4E9"
 BAR = 26  # pixels of a block
 FEW = 0.001  # share of zeros that are chance, and not shown
@@ -99,10 +102,19 @@ def block_of(layer: str) -> str:
 
 
 def flow(layer: str) -> tuple:
-    """A key that sorts layers as data flows through them, and numbers by their value."""
-    first = layer.partition(".")[0]
+    """A key that sorts layers as data flows through them: in a block each ResNet, then the attention of its number (in
+    the middle one ResNet comes first), then the sampler; numbers by their value."""
+    first, *others = layer.split(".")
+    block = int(others.pop(0)) if others and others[0].isdigit() else -1
+    number, kind = -1, 0
+    if len(others) > 1 and others[0] in KINDS and others[1].isdigit():
+        number, kind = int(others[1]), KINDS.index(others[0])
+        if kind >= SAMPLER:
+            number = sys.maxsize
+        elif first == "mid_block" and others[0] == "attentions":
+            number, kind = number + 1, -1
     place = ORDER.index(first) if first in ORDER else len(ORDER)
-    return place, [(int(part), "") if part.isdigit() else (-1, part) for part in layer.split(".")]
+    return place, first, block, number, kind, [(int(part), "") if part.isdigit() else (-1, part) for part in others]
 
 
 def blocks(rows: list[dict[str, Any]]) -> list[Block]:

@@ -91,11 +91,10 @@ def recipes(chosen: list[str], known: dict[str, Judged]) -> None:
         st.caption("Choose models of two runs or more to see how their recipes differ.")
         return
     st.subheader("Recipe differences")
-    first, rows = runs[0], {}
-    for other in runs[1:]:
-        for path, (a, b) in recipe.differences(first.recipe(), other.recipe()).items():
-            rows.setdefault(path, {"field": path, first.id: str(a)})[other.id] = str(b)
-    st.dataframe(list(rows.values()), hide_index=True)
+    fields = {run.id: recipe.flatten(run.recipe().model_dump()) for run in runs}
+    differing = [path for path in fields[runs[0].id] if len({repr(own[path]) for own in fields.values()}) > 1]
+    rows = [{"field": path} | {run: str(own[path]) for run, own in fields.items()} for path in differing]
+    st.dataframe(rows, hide_index=True)
 
 
 def download(found: dict[str, Judged]) -> None:

@@ -102,7 +102,16 @@ def test_several_runs_are_compared_once_each_and_their_recipes_differ(with_done,
     for run_id in (f"{done_run.id}-b", done_run.id):
         app.multiselect(key=PICK).select(f"{run_id}/nm").run()
         assert not app.exception and not app.error
-    assert len(chosen(app)) == 5 and "Recipe differences" in said(at(app, "Recipes"))
+    assert len(chosen(app)) == 5
+    app = at(app, "Recipes")
+    assert "Recipe differences" in said(app)
+    (table,) = (one.value for one in app.dataframe if "field" in one.value)
+    rows = table.set_index("field").loc[["mask.n", "name"]]
+    names = {done_run.id: done_run.recipe().name, f"{done_run.id}-b": "b", f"{done_run.id}-c": "c"}
+    assert {run: tuple(rows[run]) for run in rows} == {
+        run: ("1" if name == "b" else "2", name) for run, name in names.items() if run in rows
+    }, "one that is like the first has its value too"
+    assert len(rows.columns) == 3
 
 
 def test_a_link_to_runs_shows_the_dense_model_that_they_share_once(with_done, runs, done_run):

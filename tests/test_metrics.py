@@ -20,11 +20,11 @@ class Bundled(FeatureExtractorBase):
 
     @staticmethod
     def get_provided_features_list():
-        return ("64",)
+        return ("64", "logits")
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric):
-        return "64"
+        return "logits" if metric == "isc" else "64"
 
     @staticmethod
     def can_be_compiled():
@@ -35,7 +35,8 @@ class Bundled(FeatureExtractorBase):
         return torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
 
     def forward(self, images):
-        return (self.network.features(images),)
+        features = self.network.features(images)
+        return tuple({"64": features, "logits": self.network.head(features)}[name] for name in self.features_list)
 
 
 class Uint8(torch.utils.data.Dataset):
@@ -85,7 +86,7 @@ def test_equals_torch_fidelitys_own_calculation(images):
         torch_fidelity.register_feature_extractor("prunedm-test", Bundled)
     a, b = images.train[:300], images.held_out[:300]
     found = torch_fidelity.calculate_metrics(
-        input1=Uint8(a), input2=Uint8(b), fid=True, kid=True, prc=True, kid_subset_size=100, kid_subsets=20,
+        input1=Uint8(a), input2=Uint8(b), fid=True, kid=True, prc=True, isc=True, kid_subset_size=100, kid_subsets=20,
         feature_extractor="prunedm-test", cuda=False, verbose=False, cache=False, save_cpu_ram=True,
     )  # fmt: skip
     x, y = (metrics.extract(v.split(64)) for v in (a, b))
@@ -94,6 +95,9 @@ def test_equals_torch_fidelitys_own_calculation(images):
     assert ours.mean == pytest.approx(found["kernel_inception_distance_mean"], abs=1e-6)
     assert ours.std == pytest.approx(found["kernel_inception_distance_std"], abs=1e-6)
     assert metrics.precision_recall(x, y) == pytest.approx((found["precision"], found["recall"]), abs=1e-6)
+    theirs = found["inception_score_mean"], found["inception_score_std"]
+    assert metrics.inception_score(extractors.get("bundled").logits(x)) == pytest.approx(theirs, abs=1e-6)
+    assert theirs[0] > 2, "garments of many kinds"
 
 
 def test_equals_the_formula_in_float64():

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -231,6 +232,24 @@ def test_blocks_hold_every_layer_once_in_the_order_of_the_data(model_folder):
         assert (block.layers, block.weights) == (len(own), sum(w.numel() for w in own))
         assert round(block.kept) == sum(int(w.count_nonzero()) for w in own)
     assert found[2].widths == (16, 16) and found[3].widths == (32, 32)
+
+
+def test_layers_stand_as_data_flows_through_them():
+    model = make_unet(layers_per_block=2)
+    names = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    called, hooks = [], []
+    for name, module in model.named_modules():
+        if name in names:
+            hooks.append(module.register_forward_hook(lambda *_, name=name: called.append(name)))
+    with torch.no_grad():
+        model(torch.zeros(1, 1, 8, 8), 3)
+
+    def stops(layers):
+        """Blocks, ResNets, attentions and samplers in their order; what is inside one is its own business."""
+        found = (re.match(r"(?:[^.]+_blocks\.\d+|[^.]+)(?:\.\w+\.\d+)?", layer)[0] for layer in layers)
+        return [name for name in dict.fromkeys(found) if name != "time_embedding"]
+
+    assert stops(sorted(names, key=layer_views.flow)) == stops(called)
 
 
 def test_blocks_beyond_nine_stand_in_their_order():
