@@ -86,9 +86,13 @@ def open_page(page, **query):
     return app
 
 
+TOLD = {("monitor", "failed"), ("monitor", "unreadable")}  # what a page tells as an error of a run in this state
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_each_page_opens_with_no_run_at_all(runs, page):
-    assert open_page(page).title[0].value
+    app = open_page(page)
+    assert app.title[0].value and not app.error
 
 
 def test_compare_is_never_empty(runs):
@@ -100,7 +104,9 @@ def test_compare_is_never_empty(runs):
 @pytest.mark.parametrize("state", STATES)
 def test_each_page_opens_with_a_run_in_each_state(runs, page, state):
     STATES[state](runs)
-    open_page(page)
+    app = open_page(page)
+    told = [error.value for error in app.error]
+    assert bool(told) == ((page, state) in TOLD), told
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -188,7 +194,9 @@ def suggestions():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_each_page_opens_with_a_finished_run(with_done, page):
-    text = said(open_page(page))
+    app = open_page(page)
+    text = said(app)
+    assert not app.error
     if page == "compare":
         assert "weights are gone" in text
     if page == "home":
