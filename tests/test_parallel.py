@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from launched import PRUNEDM, TORCHRUN, launch, only_run, start_run
 from safetensors.torch import load_file
 
 from prunedm import parallel, pipeline, store
-from prunedm.recipe import Recipe
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes=2"]
 STILL = {"prune": {"finetune_steps": 0}, "mask": {"method": "magnitude", "steps": 0, "recover_steps": 0}}
@@ -35,16 +35,35 @@ def records(folder: Path, case: str, rank: int) -> list[dict]:
     return json.loads((folder / f"{case}.{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("case", [case for case in ranked.CASES if "wide" not in case])
+@pytest.mark.parametrize("case", [case for case in ranked.CASES if "wide" not in case and "bf16" not in case])
 def test_two_ranks_with_half_the_batch_each_equal_one_with_all_of_it(two_ranks, case):
     tensors, alone = ranked.work(case)
     found = load_file(two_ranks / f"{case}.0.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        atol = 1e-5 * max(1.0, float(tensor.float().abs().max()))  # a small entry may be the sum of large ones
+        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     for ours, theirs in zip(alone, records(two_ranks, case, 0), strict=True):
         assert theirs["masks"] == ours["masks"]
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("case", "apart"), [("fine-tune, bf16", 0.02), ("gumbel, bf16", 0.1)])
+def test_two_ranks_in_bf16_equal_one_but_for_its_rounding(two_ranks, case, apart):
+    """bf16 keeps 8 bits: a gradient summed from two rounded halves is 2**-8 from the whole one (0.004 is found). A
+    gumbel mask whose two best scores are that near flips, one in a thousand, and moves the gradients of later steps
+    (0.04 is found). Ranks that did not sum would be further apart than a half."""
+    tensors, alone = ranked.work(case)
+    found = load_file(two_ranks / f"{case}.0.safetensors")
+    assert found.keys() == tensors.keys()
+    kinds = {re.sub(r"\.\d+", "", name): [] for name in tensors}
+    for name, tensor in tensors.items():
+        kinds[re.sub(r"\.\d+", "", name)].append((found[name].float().flatten(), tensor.float().flatten()))
+    for kind, pairs in kinds.items():
+        two, one = (torch.cat(parts) for parts in zip(*pairs))
+        assert (two - one).norm() <= apart * one.norm(), kind
+    for ours, theirs in zip(alone, records(two_ranks, case, 0), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=apart)
 
 
 @pytest.mark.parametrize("case", ranked.CASES)
