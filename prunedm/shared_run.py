@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from . import parallel
-from .records import RunState, Status
-from .store import Busy, Run, StoreError
+from .records import ACTIVE, RunState, Status
+from .store import EVENTS, Busy, Run, StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LAST_WORDS = 2.0  # seconds that rank 0 has to record its own ending
+RANK_FAILED = "rank_failed"  # an event of the rank that failed, not of rank 0
 
 
 def of(run: Run) -> Run:
@@ -81,7 +85,41 @@ class SharedRun(Run):
         self._write_checkpoint(name, tensors, meta)
 
     def end(self, state: RunState, status: Status, error: str | None, remedy: dict[str, Any] | None = None) -> None:
-        """As Run does; a rank that failed by itself says so, as rank 0 only sees that it is gone."""
+        """As Run does. A rank that failed by itself leaves its reason, as rank 0 only sees that it is gone; ranks that
+        lost rank 0 say so in its place."""
+        if parallel.is_lost() and parallel.is_writer():
+            error, remedy = self._reason(error, remedy)
         super().end(state, status, error, remedy)
-        if not parallel.is_writer() and error is not None and not parallel.is_lost():
-            print(f"rank {parallel.rank()}: {error}", file=sys.stderr, flush=True)
+        if parallel.is_writer():
+            return
+        if parallel.is_lost():
+            self._tell_of_rank_0()
+        elif error is not None:
+            _say(error)
+            record = {"time": round(time.time(), 3), "kind": RANK_FAILED, "rank": parallel.rank()}
+            with suppress(OSError):  # it has been said
+                Run.append(self, EVENTS, [record | {"error": error, "remedy": remedy or {}}])
+
+    def _reason(self, error: str | None, remedy: dict[str, Any] | None) -> tuple[str | None, dict[str, Any] | None]:
+        """What the rank that is gone left of why, since the run was begun; else what is known already."""
+        events = self.events()
+        began = max((i for i, event in enumerate(events) if event.get("kind") == "started"), default=0)
+        for event in events[began:]:
+            if event.get("kind") == RANK_FAILED:
+                error, remedy = f"rank {event['rank']}: {event['error']}", event["remedy"]
+                self.log(f"failed: {error}")
+                break
+        return error, remedy
+
+    def _tell_of_rank_0(self) -> None:
+        """Where rank 0 is dead nobody else says how the run ended; one that lives does so itself."""
+        deadline = time.monotonic() + LAST_WORDS
+        while (status := self.state().status) in ACTIVE and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if status == "interrupted":
+            remedy = f"go on with python -m prunedm resume {self.id} --runs-dir {self.folder.parent}"
+            _say(f"rank 0 has died; run {self.id} is interrupted and its last checkpoint is kept: {remedy}")
+
+
+def _say(line: str) -> None:
+    print(f"rank {parallel.rank()}: {line}", file=sys.stderr, flush=True)

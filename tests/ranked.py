@@ -29,12 +29,17 @@ from prunedm.training import Trainer, Weights, Window  # noqa: E402
 STEPS = 5
 SLOW = Train(lr=1e-5)  # Adam moves a weight without a gradient by the sign of its rounding error, as far as this
 # An odd batch, so that two ranks have slices of different sizes. "wide": the same method on a model of twice the width.
+# "in parts": a rank's slice is passed in three.
 CASES: dict[str, dict[str, Any]] = {
     "fine-tune": {"method": None},
     "fine-tune in parts": {"method": None, "accumulate": 3, "timesteps": "importance"},
+    "fine-tune, bf16": {"method": None, "bf16": True},
     "gumbel": {"method": "gumbel", "lr": 0.15},
+    "gumbel in parts": {"method": "gumbel", "lr": 0.15, "accumulate": 3},
+    "gumbel, bf16": {"method": "gumbel", "lr": 0.15, "bf16": True},
     "reinforce": {"method": "reinforce", "samples": 2},
     "reinforce beside weights": {"method": "reinforce", "train_weights": True},
+    "reinforce beside weights in parts": {"method": "reinforce", "train_weights": True, "accumulate": 3},
     "reinforce, wide": {"method": "reinforce", "samples": 2, "channels": (32, 64)},
     "gumbel, wide": {"method": "gumbel", "channels": (32, 64)},
 }
@@ -42,9 +47,9 @@ CASES: dict[str, dict[str, Any]] = {
 CHANNEL_SCORES, WEIGHT_SCORES = ("taylor", "diff-pruning", "activation"), ("fisher", "wanda")
 
 
-def task_of() -> training.Task:
+def task_of(bf16: bool = False) -> training.Task:
     images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return training.Task(DDPMScheduler(), data.Batches(images, 9, 0), 0, torch.device("cpu"), False)
+    return training.Task(DDPMScheduler(), data.Batches(images, 9, 0), 0, torch.device("cpu"), bf16)
 
 
 def statistics(kind: str) -> dict[str, torch.Tensor]:
@@ -62,10 +67,11 @@ def trainer(
     timesteps: str | None = None,
     channels: tuple[int, int] = (16, 32),
     train_weights: bool = False,
+    bf16: bool = False,
     **spec: Any,
 ) -> tuple[Trainer, MaskedUNet | None]:
     """A short stage, and its masks where it has any."""
-    task = task_of()
+    task = task_of(bf16)
     task.accumulate, task.timesteps = accumulate, Timesteps(timesteps, 1000) if timesteps else None
     unet, window = make_unet(block_out_channels=channels), Window.of(STEPS)
     if method is None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from apptest import click, open_page, shown
 from safetensors.torch import load_file
 
+from app import lab
 from prunedm import cluster, jobs, store
 from prunedm import recipe as recipes
 from prunedm.__main__ import main
 from prunedm.cluster import ClusterError, RayExecutor
+from prunedm.executors import Choice
 from prunedm.recipe import Recipe
 from prunedm.records import ACTIVE
 from prunedm.store import Run
@@ -148,6 +152,43 @@ def test_a_run_is_followed_as_if_it_were_here(executor, micro):
     expected = [(record["stage"], record["step"]) for record in run.metrics()]
     assert [(step.stage, step.step) for step in steps] == expected and expected
     assert run.evaluation()["nm"]["validation_loss"] > 0 and run.report_path.exists()
+
+
+@pytest.mark.slow
+def test_run_by_ray_is_one_command_that_ends_with_its_figures(two_cpus, micro, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "recipe.yaml").write_text(micro().to_yaml())
+    given = ["run", str(tmp_path / "recipe.yaml"), "--runs-dir", str(tmp_path / "runs")]
+    assert main([*given, "--executor", "ray", "--json"]) == 0
+    (run,) = store.all_runs(tmp_path / "runs")
+    assert run.state().status == "done" and run.state().pid != os.getpid() and "sent" in kinds(run)
+    told = capsys.readouterr()
+    assert f"{run.id} done in" in told.out and "Learn N:M masks" in told.err
+    assert json.loads(told.out.splitlines()[-1])["variants"]["nm"]["validation_loss"] > 0
+
+
+@pytest.mark.slow
+def test_the_monitor_page_follows_pauses_and_stops_a_run_on_the_cluster(two_cpus, runs, micro, monkeypatch):
+    monkeypatch.setenv("PRUNEDM_EXECUTOR", "ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    run = lab.jobs().submit(micro(mask={"steps": 5000}))
+    try:
+        at_work(run, "mask", 1)
+        assert run.state().pid != os.getpid() and lab.jobs().local.held() == []
+        app = open_page("monitor", run=run.id)
+        assert re.search(r"[1-9]\d* of 5,?000", shown(app)), shown(app)
+        click(app, "Pause")
+        until(lambda: run.state().status == "paused")
+        step = run.state().step
+        click(open_page("monitor", run=run.id), "Continue")
+        assert at_work(run, "mask", step + 1).status == "running"
+        click(open_page("monitor", run=run.id), "Stop this run")
+        assert ended(run) == "stopped"
+        assert "stopped" in shown(open_page("monitor", run=run.id)).lower()
+    finally:
+        lab.jobs().stop(run)
+        until(lambda: not lab.jobs().held())
+        lab.jobs().choose(Choice())  # which lets go of the cluster
 
 
 # --- without a cluster ---------------------------------------------------------------------------

@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import re
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ranked
 import torch
+from launched import PRUNEDM, TORCHRUN, launch, only_run, start_run
 from safetensors.torch import load_file
 
 from prunedm import parallel, pipeline, store
-from prunedm.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parent.parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes=2"]
-PRUNEDM = ["-m", "prunedm"]
-PATIENCE = 300  # seconds, on a busy machine
 STILL = {"prune": {"finetune_steps": 0}, "mask": {"method": "magnitude", "steps": 0, "recover_steps": 0}}
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-
-
-def start_run(launcher: list[str], recipe: Recipe, folder: Path) -> subprocess.CompletedProcess[str]:
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    return launch([*launcher, *PRUNEDM, "run", str(folder / "recipe.yaml"), "--runs-dir", str(folder)])
-
-
-def only_run(folder: Path) -> store.Run:
-    (run,) = store.all_runs(folder)
-    return run
 
 
 # --- the arithmetic ---------------------------------------------------------------------------
@@ -63,16 +35,35 @@ def records(folder: Path, case: str, rank: int) -> list[dict]:
     return json.loads((folder / f"{case}.{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("case", [case for case in ranked.CASES if "wide" not in case])
+@pytest.mark.parametrize("case", [case for case in ranked.CASES if "wide" not in case and "bf16" not in case])
 def test_two_ranks_with_half_the_batch_each_equal_one_with_all_of_it(two_ranks, case):
     tensors, alone = ranked.work(case)
     found = load_file(two_ranks / f"{case}.0.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        atol = 1e-5 * max(1.0, float(tensor.float().abs().max()))  # a small entry may be the sum of large ones
+        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     for ours, theirs in zip(alone, records(two_ranks, case, 0), strict=True):
         assert theirs["masks"] == ours["masks"]
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("case", "apart"), [("fine-tune, bf16", 0.02), ("gumbel, bf16", 0.1)])
+def test_two_ranks_in_bf16_equal_one_but_for_its_rounding(two_ranks, case, apart):
+    """bf16 keeps 8 bits: a gradient summed from two rounded halves is 2**-8 from the whole one (0.004 is found). A
+    gumbel mask whose two best scores are that near flips, one in a thousand, and moves the gradients of later steps
+    (0.04 is found). Ranks that did not sum would be further apart than a half."""
+    tensors, alone = ranked.work(case)
+    found = load_file(two_ranks / f"{case}.0.safetensors")
+    assert found.keys() == tensors.keys()
+    kinds = {re.sub(r"\.\d+", "", name): [] for name in tensors}
+    for name, tensor in tensors.items():
+        kinds[re.sub(r"\.\d+", "", name)].append((found[name].float().flatten(), tensor.float().flatten()))
+    for kind, pairs in kinds.items():
+        two, one = (torch.cat(parts) for parts in zip(*pairs))
+        assert (two - one).norm() <= apart * one.norm(), kind
+    for ours, theirs in zip(alone, records(two_ranks, case, 0), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=apart)
 
 
 @pytest.mark.parametrize("case", ranked.CASES)
@@ -146,30 +137,6 @@ def test_accelerate_launch_on_the_cpu_starts_one_and_the_run_says_so(micro, tmp_
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_goes_on(micro, tmp_path):
-    recipe = micro(mask={"method": "gumbel", "steps": 150})
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [*TORCHRUN, *PRUNEDM, "run", str(tmp_path / "recipe.yaml"), "--runs-dir", str(tmp_path / "runs")]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as launcher:
-        try:
-            _kill_rank_1_in_stage_2(launcher, tmp_path / "runs")
-            stderr = launcher.communicate(timeout=PATIENCE)[1]
-        finally:
-            launcher.terminate()  # which ends its ranks; it has ended unless something went wrong
-    assert launcher.returncode != 0
-    run = only_run(tmp_path / "runs")
-    state = run.state()
-    assert state.status in ("failed", "stopped"), stderr
-    assert "ranks has ended or does not answer" in state.error, state.error
-    ended = launch([sys.executable, *PRUNEDM, "resume", run.id, "--runs-dir", str(tmp_path / "runs")])
-    assert ended.returncode == 0, ended.stderr
-    assert run.state().status == "done"
-    first, second = (event for event in run.events() if event["kind"] == "started")
-    assert first["ranks"] == 2
-    assert "finetune" in second["stages_done"]
-
-
-@pytest.mark.slow
 def test_a_run_that_one_rank_began_is_resumed_by_two(micro, tmp_path):
     """In the middle of stage 2; the result is that of one rank, but for rounding."""
     recipe = micro(train={"precision": "fp32"}, mask={"method": "gumbel", "lr": 0.15})
@@ -185,21 +152,6 @@ def test_a_run_that_one_rank_began_is_resumed_by_two(micro, tmp_path):
     assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
     recorded = [(r["stage"], r["step"]) for r in run.metrics()]
     assert len(recorded) == len(set(recorded))
-
-
-def _kill_rank_1_in_stage_2(launcher: subprocess.Popen[str], runs_dir: Path) -> None:
-    """SIGKILL, once the run is learning masks."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and launcher.poll() is None:
-        runs = [run for run in store.all_runs(runs_dir) if run.state() is not None] if runs_dir.is_dir() else []
-        if runs and runs[0].state().stage == "mask" and runs[0].state().step > 1:
-            for child in psutil.Process(launcher.pid).children(recursive=True):
-                if child.environ().get("RANK") == "1":
-                    child.kill()
-                    return
-        time.sleep(0.05)
-    launcher.terminate()
-    raise AssertionError(f"stage 2 was not reached: {launcher.communicate(timeout=PATIENCE)[1]}")
 
 
 # --- what a launcher may ask for --------------------------------------------------------------

@@ -8,9 +8,11 @@ from apptest import open_page
 from conftest import make_unet
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from prunedm import data, diagnostics, diffusion, pipeline, store, training
+from prunedm import data, diagnostics, diffusion, learn, pipeline, store, training
 from prunedm.diffusion import Timesteps
+from prunedm.masked_unet import MaskedUNet
 from prunedm.recipe import Train
+from prunedm.stage_recipes import Mask
 from prunedm.training import Window
 
 
@@ -162,6 +164,35 @@ def test_a_compiled_network_is_made_once_and_trains_the_same_weights(task, monke
         found.append([parameter.grad.clone() for parameter in unet.parameters() if parameter.grad is not None])
     assert len(compiled) == 1 and compiled[0].calls == 2
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [None, "gumbel"])
+def test_compiled_training_steps_are_those_of_the_plain_network(task, method, monkeypatch):
+    """Through dynamo and its own autograd, with a backend that generates no code: real graphs, and the same weights."""
+    real, frames = torch.compile, []
+
+    def backend(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda network, **options: real(network, backend=backend, **options))
+    found = []
+    for task.compiled in (False, True):
+        unet = make_unet()
+        if method is None:
+            learner = training.DenseLoss(unet)
+            weights = training.Weights(unet.parameters(), Train(lr=1e-3), Window.of(3))
+        else:
+            masked = MaskedUNet(unet.requires_grad_(False), 2, 4)
+            learner, weights = learn.METHODS[method](masked, Mask(method=method, lr=0.15), 3, 0), None
+        trainer = training.Trainer("mask", 3, task, learner, weights)
+        losses = [step.values["loss"] for step in trainer]
+        found.append((losses, trainer.tensors()))
+    (plain, expected), (compiled, state) = found
+    assert frames, "nothing was compiled"
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert all(torch.allclose(state[name], tensor, atol=1e-5) for name, tensor in expected.items())
 
 
 def test_plain_attention_is_the_same_attention():
