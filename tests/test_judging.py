@@ -165,7 +165,7 @@ def printed(page, *verbs):
     cells = page.read_text().split('<section id="reproduce">')[1].split("</section>")[0]
     found = [html.unescape(re.sub("<[^>]+>", "", cell)) for cell in re.findall("<code>.*?</code>", cells)]
     words = [shlex.split(text)[3:] for text in dict.fromkeys(found)]
-    return [words for words in words if words[0] in verbs and "--measure" not in words]
+    return [words for words in words if words[:1] and words[0] in verbs and "--measure" not in words]
 
 
 def test_the_printed_commands_judge_a_folder_again_from_anywhere(
