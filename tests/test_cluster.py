@@ -63,6 +63,7 @@ def two_cpus():
     for name, value in cluster.RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     ray.init(
+        "local",  # and not one that is up on the machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
