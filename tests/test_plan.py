@@ -152,6 +152,24 @@ def test_predicted_memory_is_near_the_measured_peak(label):
     assert 1 / MEMORY_FACTOR < predicted / measured < MEMORY_FACTOR
 
 
+# --- the benchmark -----------------------------------------------------------------------------------
+def test_the_benchmark_builds_its_steps_on_the_device_that_it_is_told(tiny_unet):
+    meta = torch.device("meta")
+    made = bench.trainer("finetune", tiny_unet.to(meta), 2, "fp32", meta)
+    batch = made.task.batch("finetune", 0)
+    assert {batch.x_t.device, batch.t.device} | {p.device for p in made.weights.parameters} == {meta}
+
+
+@pytest.mark.slow
+def test_two_ranks_are_predicted_to_be_nearly_twice_as_fast_but_for_gumbel_on_a_slow_link():
+    rates = dict.fromkeys(devices.PRODUCTS, 1e11)
+    here = devices.Device("here", "cpu", "cpu", "measured", "test", 1 << 34, 1e10, rates, interconnect=1e7)
+    rows = [line.split(" | ") for line in bench.ranks(here).splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["| reinforce", "| gumbel"]
+    reinforce, gumbel = (float(row[3]) for row in rows)
+    assert 1.7 < reinforce <= 2 and gumbel < 1
+
+
 # --- communication ---------------------------------------------------------------------------------
 @given(st.integers(1, 9), st.integers(1, 40))
 def test_a_ring_that_sums_sends_what_the_formula_says(ranks, length):
