@@ -13,8 +13,8 @@ import streamlit as st
 
 from app import model_files, parts
 from prunedm import charts, model_charts
+from prunedm.layer_order import in_order
 
-ORDER = ("conv_in", "time_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out")  # as data flows
 KEPT = "#56B4E9"
 BAR = 26  # pixels of a block
 FEW = 0.001  # share of zeros that are chance, and not shown
@@ -25,7 +25,7 @@ def layers(path: Path) -> None:
     with parts.said():
         found = model_files.inspect(path)
         figures(found)
-        chart(in_order(found), str(path))
+        chart(in_order(found["layers"]), str(path))
         table(found, str(path))
         config(path)
 
@@ -54,11 +54,6 @@ def figures(found: dict[str, Any]) -> None:
         st.error("\n\n".join(parts.plain(problem) for problem in found["problems"]))
     elif found["claimed_layers"]:
         st.success("Every N:M layer keeps its pattern: read from the file just now.")
-
-
-def in_order(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The layers as data flows through them."""
-    return sorted(found["layers"], key=lambda row: flow(row["layer"]))
 
 
 def short_number(count: int) -> str:
@@ -96,13 +91,6 @@ def block_of(layer: str) -> str:
     """``down_blocks.1`` of ``down_blocks.1.resnets.0.conv1``."""
     found = re.match(r"[^.]+_blocks\.\d+|[^.]+", layer)
     return found[0] if found else layer
-
-
-def flow(layer: str) -> tuple:
-    """A key that sorts layers as data flows through them, and numbers by their value."""
-    first = layer.partition(".")[0]
-    place = ORDER.index(first) if first in ORDER else len(ORDER)
-    return place, [(int(part), "") if part.isdigit() else (-1, part) for part in layer.split(".")]
 
 
 def blocks(rows: list[dict[str, Any]]) -> list[Block]:
@@ -154,7 +142,7 @@ def bars(found: list[Block], total: int, view: str) -> charts.Figure:
 # --- layers ------------------------------------------------------------------------------------------
 def table(found: dict[str, Any], key: str) -> None:
     """All layers, sortable, folded; of these, those whose names match what is typed."""
-    rows, total = in_order(found), max(1, found["weights"])
+    rows, total = in_order(found["layers"]), max(1, found["weights"])
     with st.expander(f"Layers ({len(rows)})"):
         wanted = st.text_input(
             "Filter by name",

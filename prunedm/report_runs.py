@@ -13,6 +13,7 @@ from typing import Any
 
 from . import charts, environment, recipe, report
 from .comparison import Judged
+from .layer_order import in_order
 from .records import STAGE_LABELS, VARIANT_LABELS, LayerReport
 from .report_html import Html, bullets, chart, command, folded, join, missing, paragraph, table, tag
 from .report_sections import BROKEN, Page, form, said
@@ -72,7 +73,7 @@ def sparsity(page: Page) -> Html:
 
 def _masked(name: str, one: Judged) -> Html:
     layers = one.layers or (one.run.layers() if one.run else [])
-    layers = [LAYER_DEFAULTS | layer for layer in layers]
+    layers = [LAYER_DEFAULTS | layer for layer in in_order(layers)]
     masked = [la for la in layers if la["compliance"] is not None]
     parts = []
     if one.get("pattern"):
@@ -168,16 +169,14 @@ def _allocation(run: Run) -> Html:
     found = run.allocation()
     if not found:
         return Html("")
-    patterns = list(dict.fromkeys(p for la in found["layers"] for p in la["increase"]))
-    rows = [
-        [la["layer"], la["chosen"], *(form(la["increase"].get(p), "{:+.5f}") for p in patterns)]
-        for la in found["layers"]
-    ]
+    layers = in_order(found["layers"])
+    patterns = list(dict.fromkeys(p for la in layers for p in la["increase"]))
+    rows = [[la["layer"], la["chosen"], *(form(la["increase"].get(p), "{:+.5f}") for p in patterns)] for la in layers]
     data = table(["layer", "chosen", *patterns], rows, "Loss increase by layer and pattern", kind="tall")
     note = f"Density asked for {found['density']:.1%}, kept {found['kept']:.1%}. Loss increase with that layer alone "
     note += f"masked ({found['images']} held-out images); a dot is the pattern chosen."
     alt = f"Loss increase of {len(rows)} layers under {len(patterns)} patterns, and the pattern chosen for each"
-    drawn = charts.sensitivity_heatmap(charts.plain(found["layers"]), "allocation")
+    drawn = charts.sensitivity_heatmap(charts.plain(layers), "allocation")
     drawn["layout"]["yaxis"] |= {"autorange": False, "range": [len(rows) - 0.5, -0.5]}  # no rows beyond the layers
     return chart(drawn, "Patterns chosen for the budget", alt, data, note)
 

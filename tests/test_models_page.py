@@ -13,7 +13,7 @@ from conftest import make_unet
 from diffusers import DDPMScheduler
 
 from app import exports, layer_views
-from prunedm import imports, packed, pipeline, store, unet, verify
+from prunedm import imports, layer_order, packed, pipeline, store, unet, verify
 
 MARKUP = "<b>a</b> ![x](http://example.invalid/p.png) *b*, 50%"
 
@@ -218,7 +218,7 @@ def test_a_models_name_is_not_taken_for_a_format(tmp_path, stem):
 
 # --- layers ----------------------------------------------------------------------------------------
 def test_blocks_hold_every_layer_once_in_the_order_of_the_data(model_folder):
-    rows = sorted(verify.inspect(model_folder)["layers"], key=lambda row: layer_views.flow(row["layer"]))
+    rows = layer_order.in_order(verify.inspect(model_folder)["layers"])
     found = layer_views.blocks(rows)
     names = ["conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     assert [block.name for block in found] == [*names, "conv_out"]
@@ -229,14 +229,6 @@ def test_blocks_hold_every_layer_once_in_the_order_of_the_data(model_folder):
         assert (block.layers, block.weights) == (len(own), sum(w.numel() for w in own))
         assert round(block.kept) == sum(int(w.count_nonzero()) for w in own)
     assert found[2].widths == (16, 16) and found[3].widths == (32, 32)
-
-
-def test_blocks_beyond_nine_stand_in_their_order():
-    names = [f"down_blocks.{i}.resnets.{j}.conv1" for i in (10, 9, 2) for j in (11, 3)] + ["other.x", "conv_in"]
-    ordered = sorted(names, key=layer_views.flow)
-    assert ordered[0] == "conv_in" and ordered[-1] == "other.x"
-    assert [n.split(".")[1] for n in ordered[1:-1]] == ["2", "2", "9", "9", "10", "10"]
-    assert [n.split(".")[3] for n in ordered[1:3]] == ["3", "11"]
 
 
 def test_the_bars_add_up_and_zeros_are_told_apart():
