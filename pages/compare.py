@@ -91,11 +91,11 @@ def recipes(chosen: list[str], known: dict[str, Judged]) -> None:
         st.caption("Choose models of two runs or more to see how their recipes differ.")
         return
     st.subheader("Recipe differences")
-    first, rows = runs[0], {}
-    for other in runs[1:]:
-        for path, (a, b) in recipe.differences(first.recipe(), other.recipe()).items():
-            rows.setdefault(path, {"field": path, first.id: str(a)})[other.id] = str(b)
-    st.dataframe(list(rows.values()), hide_index=True)
+    values = {run.id: recipe.flatten(run.recipe().model_dump()) for run in runs}
+    first = values[runs[0].id]
+    differing = [path for path in first if any(own[path] != first[path] for own in values.values())]
+    rows = [{"field": path} | {run_id: str(own[path]) for run_id, own in values.items()} for path in differing]
+    st.dataframe(rows, hide_index=True)
 
 
 def download(found: dict[str, Judged]) -> None:
