@@ -73,6 +73,10 @@ STATES = {
 }
 
 
+# What is told as an error on purpose, and how it begins; any other is a section that could not be drawn.
+TOLD = {("monitor", "failed"): "**Why it failed:**", ("monitor", "unreadable"): "This run cannot be read:"}
+
+
 def open_page(page, **query):
     app = AppTest.from_file(str(ROOT / "app" / "router.py"), default_timeout=60)
     for key, value in query.items():
@@ -86,7 +90,8 @@ def open_page(page, **query):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_each_page_opens_with_no_run_at_all(runs, page):
-    assert open_page(page).title[0].value
+    app = open_page(page)
+    assert app.title[0].value and not app.error
 
 
 def test_compare_is_never_empty(runs):
@@ -98,7 +103,11 @@ def test_compare_is_never_empty(runs):
 @pytest.mark.parametrize("state", STATES)
 def test_each_page_opens_with_a_run_in_each_state(runs, page, state):
     STATES[state](runs)
-    open_page(page)
+    errors = [error.value for error in open_page(page).error]
+    if (page, state) in TOLD:
+        assert len(errors) == 1 and errors[0].startswith(TOLD[page, state])
+    else:
+        assert errors == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -108,6 +117,8 @@ def test_each_page_opens_with_many_runs_of_every_state(runs, with_done, page):
             state(runs)
         shutil.copytree(with_done.folder, runs / f"{with_done.id}-{number}")
     app = open_page(page)
+    on_purpose = tuple(words for (where, _), words in TOLD.items() if where == page)
+    assert [error.value for error in app.error if not error.value.startswith(on_purpose)] == []
     if page == "runs":
         assert len(app.dataframe[0].value) == 3 * (len(STATES) + 1) + 1
 
@@ -186,7 +197,9 @@ def suggestions():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_each_page_opens_with_a_finished_run(with_done, page):
-    text = said(open_page(page))
+    app = open_page(page)
+    text = said(app)
+    assert not app.error
     if page == "compare":
         assert "weights are gone" in text
     if page == "home":
