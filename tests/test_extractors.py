@@ -28,26 +28,6 @@ def offline(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def random_weights(tmp_path_factory):
-    """A file with the architecture of Inception and no knowledge."""
-    from torch_fidelity import feature_extractor_inceptionv3 as theirs
-
-    shapes = {}
-
-    class Recorder(theirs.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict, strict=True, assign=False):
-            shapes.update(self.state_dict())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
-        torch.manual_seed(0)
-        Recorder("recorder", ["2048"])
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    torch.save(shapes, path)
-    return path
-
-
 def test_the_bundled_extractor_gives_features_and_logits_on_the_cpu():
     extractor = extractors.get("bundled")
     found = extractor.features(torch.zeros(2, 3, 32, 40, dtype=torch.uint8))
