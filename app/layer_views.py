@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ import streamlit as st
 
 from app import model_files, parts
 from prunedm import charts, model_charts
+from prunedm.layer_order import in_order
 
-ORDER = ("conv_in", "time_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out")  # as data flows
-KINDS = ("resnets", "attentions", "downsamplers", "upsamplers")
-SAMPLER = 2  # from this kind on, once at a block's end
 KEPT = "#56B4E9"
 BAR = 26  # pixels of a block
 FEW = 0.001  # share of zeros that are chance, and not shown
@@ -28,7 +25,7 @@ def layers(path: Path) -> None:
     with parts.said():
         found = model_files.inspect(path)
         figures(found)
-        chart(in_order(found), str(path))
+        chart(in_order(found["layers"]), str(path))
         table(found, str(path))
         config(path)
 
@@ -57,11 +54,6 @@ def figures(found: dict[str, Any]) -> None:
         st.error("\n\n".join(parts.plain(problem) for problem in found["problems"]))
     elif found["claimed_layers"]:
         st.success("Every N:M layer keeps its pattern: read from the file just now.")
-
-
-def in_order(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The layers as data flows through them."""
-    return sorted(found["layers"], key=lambda row: flow(row["layer"]))
 
 
 def short_number(count: int) -> str:
@@ -99,22 +91,6 @@ def block_of(layer: str) -> str:
     """``down_blocks.1`` of ``down_blocks.1.resnets.0.conv1``."""
     found = re.match(r"[^.]+_blocks\.\d+|[^.]+", layer)
     return found[0] if found else layer
-
-
-def flow(layer: str) -> tuple:
-    """A key that sorts layers as data flows through them: in a block each ResNet, then the attention of its number (in
-    the middle one ResNet comes first), then the sampler; numbers by their value."""
-    first, *others = layer.split(".")
-    block = int(others.pop(0)) if others and others[0].isdigit() else -1
-    number, kind = -1, 0
-    if len(others) > 1 and others[0] in KINDS and others[1].isdigit():
-        number, kind = int(others[1]), KINDS.index(others[0])
-        if kind >= SAMPLER:
-            number = sys.maxsize
-        elif first == "mid_block" and others[0] == "attentions":
-            number, kind = number + 1, -1
-    place = ORDER.index(first) if first in ORDER else len(ORDER)
-    return place, first, block, number, kind, [(int(part), "") if part.isdigit() else (-1, part) for part in others]
 
 
 def blocks(rows: list[dict[str, Any]]) -> list[Block]:
@@ -166,7 +142,7 @@ def bars(found: list[Block], total: int, view: str) -> charts.Figure:
 # --- layers ------------------------------------------------------------------------------------------
 def table(found: dict[str, Any], key: str) -> None:
     """All layers, sortable, folded; of these, those whose names match what is typed."""
-    rows, total = in_order(found), max(1, found["weights"])
+    rows, total = in_order(found["layers"]), max(1, found["weights"])
     with st.expander(f"Layers ({len(rows)})"):
         wanted = st.text_input(
             "Filter by name",

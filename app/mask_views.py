@@ -9,10 +9,10 @@ import numpy as np
 import streamlit as st
 
 from app import curve_views, lab, parts
-from app.layer_views import flow
 from app.live_plot import live_plot
 from app.mask_player import Frames, player
 from prunedm import charts, snapshots
+from prunedm.layer_order import flow, in_order
 from prunedm.stage_recipes import Pattern, parse_pattern
 from prunedm.store import MASK_LAYERS, Run, stage_step
 
@@ -116,7 +116,7 @@ def _read(path: str, stamp: tuple[int, ...]) -> np.ndarray:
 
 def compliance(run: Run) -> None:
     """Compliance and balance of each layer, the initial mask's cost, patterns by layer, and what is left dense."""
-    layers = sorted(run.layers(), key=lambda layer: flow(layer["layer"]))
+    layers = in_order(run.layers())
     if not layers:
         st.caption("Compliance appears here when stage 2 begins.")
         return
@@ -191,6 +191,7 @@ def allocation(run: Run) -> None:
     found = run.allocation()
     if not found:
         return
+    layers = in_order(found["layers"])
     st.subheader("Patterns chosen for the budget")
     st.caption(
         f"Density asked for {found['density']:.1%}, kept {found['kept']:.1%}. The figures are the loss increase with "
@@ -198,13 +199,12 @@ def allocation(run: Run) -> None:
         f"{found['predicted_increase']:+.5f}; layers are not independent, so the real increase differs."
     )
     live_plot(
-        charts.sensitivity_heatmap(found["layers"], run.id),
+        charts.sensitivity_heatmap(layers, run.id),
         "sensitivity",
         "Loss increase of each layer under each pattern, and the pattern chosen",
     )
     with st.expander("As a table"):
         rows = [
-            {"layer": la["layer"], "weights": la["weights"], "chosen": la["chosen"], **la["increase"]}
-            for la in found["layers"]
+            {"layer": la["layer"], "weights": la["weights"], "chosen": la["chosen"], **la["increase"]} for la in layers
         ]
         st.dataframe(rows, hide_index=True)

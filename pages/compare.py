@@ -91,9 +91,10 @@ def recipes(chosen: list[str], known: dict[str, Judged]) -> None:
         st.caption("Choose models of two runs or more to see how their recipes differ.")
         return
     st.subheader("Recipe differences")
-    fields = {run.id: recipe.flatten(run.recipe().model_dump()) for run in runs}
-    differing = [path for path in fields[runs[0].id] if len({repr(own[path]) for own in fields.values()}) > 1]
-    rows = [{"field": path} | {run: str(own[path]) for run, own in fields.items()} for path in differing]
+    values = {run.id: recipe.flatten(run.recipe().model_dump()) for run in runs}
+    first = values[runs[0].id]
+    differing = [path for path in first if any(own[path] != first[path] for own in values.values())]
+    rows = [{"field": path} | {run_id: str(own[path]) for run_id, own in values.items()} for path in differing]
     st.dataframe(rows, hide_index=True)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import charts, environment, recipe, report
 from .comparison import Judged
+from .layer_order import in_order
 from .records import NOT_MASKED, STAGE_LABELS, VARIANT_LABELS, LayerReport
 from .report_html import Html, bullets, chart, folded, join, missing, paragraph, table, tag
 from .report_sections import BROKEN, Page, form, said
@@ -64,7 +65,7 @@ def sparsity(page: Page) -> Html:
         try:
             layers = one.layers or (one.run.layers(one.variant or "nm") if one.run else [])
             if layers or one.variant == "nm" or one.get("pattern"):
-                found.append((name, _layers(name, one, [LAYER_DEFAULTS | layer for layer in layers])))
+                found.append((name, _layers(name, one, [LAYER_DEFAULTS | layer for layer in in_order(layers)])))
         except BROKEN as error:
             found.append((name, missing(f"The layers of {name} cannot be shown: {said(error)}")))
     heads = [tag("h3", name) if len(found) > 1 else Html("") for name, _ in found]
@@ -179,16 +180,14 @@ def _allocation(run: Run) -> Html:
     found = run.allocation()
     if not found:
         return Html("")
-    patterns = list(dict.fromkeys(p for la in found["layers"] for p in la["increase"]))
-    rows = [
-        [la["layer"], la["chosen"], *(form(la["increase"].get(p), "{:+.5f}") for p in patterns)]
-        for la in found["layers"]
-    ]
+    layers = in_order(found["layers"])
+    patterns = list(dict.fromkeys(p for la in layers for p in la["increase"]))
+    rows = [[la["layer"], la["chosen"], *(form(la["increase"].get(p), "{:+.5f}") for p in patterns)] for la in layers]
     data = table(["layer", "chosen", *patterns], rows, "Loss increase by layer and pattern", kind="tall")
     note = f"Density asked for {found['density']:.1%}, kept {found['kept']:.1%}. Loss increase with that layer alone "
     note += f"masked ({found['images']} held-out images); a dot is the pattern chosen."
     alt = f"Loss increase of {len(rows)} layers under {len(patterns)} patterns, and the pattern chosen for each"
-    drawn = charts.sensitivity_heatmap(charts.plain(found["layers"]), "allocation")
+    drawn = charts.sensitivity_heatmap(charts.plain(layers), "allocation")
     drawn["layout"]["yaxis"] |= {"autorange": False, "range": [len(rows) - 0.5, -0.5]}  # no rows beyond the layers
     return chart(drawn, "Patterns chosen for the budget", alt, data, note)
 

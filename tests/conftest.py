@@ -129,6 +129,29 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_weights(tmp_path_factory) -> Path:
+    """A file with the architecture of Inception and no knowledge, whose features tell images apart."""
+    from torch_fidelity import feature_extractor_inceptionv3 as theirs
+
+    weights = {}
+
+    class Recorder(theirs.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict, strict=True, assign=False):
+            weights.update(self.state_dict())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
+        torch.manual_seed(0)
+        Recorder("recorder", ["2048"])
+    for weight in weights.values():
+        if weight.ndim == 4:
+            weight.mul_(6**0.5)  # torch's default times this is He's: without it the features vanish, at 1e-7
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(weights, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def micro(model_folder: Path, image_folder: Path):
     """A recipe builder: the whole pipeline in a few seconds."""
 

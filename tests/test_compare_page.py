@@ -1,5 +1,7 @@
 """Compare through AppTest: variants of runs, imported models and folders side by side, by picker and by address."""
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -12,6 +14,7 @@ from conftest import make_unet
 from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from streamlit.delta_generator import DeltaGenerator
 
 from app import compare_choice, compare_samples, compare_views, curve_views, judgements, lab, parts
 from app.compare_choice import Known
@@ -102,16 +105,12 @@ def test_several_runs_are_compared_once_each_and_their_recipes_differ(with_done,
     for run_id in (f"{done_run.id}-b", done_run.id):
         app.multiselect(key=PICK).select(f"{run_id}/nm").run()
         assert not app.exception and not app.error
-    assert len(chosen(app)) == 5
-    app = at(app, "Recipes")
-    assert "Recipe differences" in said(app)
-    (table,) = (one.value for one in app.dataframe if "field" in one.value)
-    rows = table.set_index("field").loc[["mask.n", "name"]]
-    names = {done_run.id: done_run.recipe().name, f"{done_run.id}-b": "b", f"{done_run.id}-c": "c"}
-    assert {run: tuple(rows[run]) for run in rows} == {
-        run: ("1" if name == "b" else "2", name) for run, name in names.items() if run in rows
-    }, "one that is like the first has its value too"
-    assert len(rows.columns) == 3
+    assert len(chosen(app)) == 5 and "Recipe differences" in said(at(app, "Recipes"))
+    differing = app.dataframe[0].value.set_index("field")
+    ids = [f"{done_run.id}-c", f"{done_run.id}-b", done_run.id]
+    assert list(differing.columns) == ids and list(differing.index) == ["name", "mask.n"]
+    assert differing.loc["name"].tolist() == ["c", "b", "micro"]
+    assert differing.loc["mask.n"].tolist() == ["2", "1", "2"], "also where it is as in the first"
 
 
 def test_a_link_to_runs_shows_the_dense_model_that_they_share_once(with_done, runs, done_run):
@@ -428,6 +427,40 @@ def test_a_model_of_no_run_is_lent_images_only_where_shape_and_runs_agree(with_d
     (other.folder / "recipe.yaml").write_text(recipes.build(recipe).to_yaml())
     found = judging.entries([f"{with_done.id}/nm", f"{other.id}/nm", small], runs)
     assert found[2].subject.data == found[0].subject.data, "another batch size makes no other images"
+
+
+def test_the_whiskers_of_the_latency_are_its_percentiles(with_done):
+    app = open_page("compare", view="Latency")
+    (chart,) = app.get("plotly_chart")
+    (bars,) = json.loads(chart.proto.spec)["data"]
+    figures = list(with_done.evaluation().values())
+    middle, low, high = ([f[key] for f in figures] for key in ("latency_ms", "latency_ms_p10", "latency_ms_p90"))
+    assert bars["y"] == middle and bars["error_y"]["symmetric"] is False
+    assert [y + above for y, above in zip(middle, bars["error_y"]["array"])] == pytest.approx(high)
+    assert [y - below for y, below in zip(middle, bars["error_y"]["arrayminus"])] == pytest.approx(low)
+    assert all(a < b < c for a, b, c in zip(low, middle, high))
+    assert compare_views._spread(comparison.Judged("of old", {"latency_ms": 2.0})) == (2.0, 2.0)
+
+
+def test_the_reports_buttons_offer_what_is_compared(with_done, monkeypatch):
+    """AppTest cannot press them: what they would be handed is looked at."""
+    offered = {}
+
+    def button(self, label, data, file_name, mime, **_):
+        offered[file_name] = (data(), mime)
+
+    monkeypatch.setattr(DeltaGenerator, "download_button", button)
+    app = open_page("compare", models=f"{with_done.id}/dense,{with_done.id}/nm", view="Report")
+    assert not app.error and {name: mime for name, (_, mime) in offered.items()} == {
+        "comparison.html": "text/html", "comparison.csv": "text/csv", "comparison.md": "text/markdown",
+    }  # fmt: skip
+    rows = list(csv.DictReader(io.StringIO(offered["comparison.csv"][0])))
+    assert [(row["run"], row["variant"]) for row in rows] == [(with_done.id, "dense"), (with_done.id, "nm")]
+    page, text = offered["comparison.html"][0], offered["comparison.md"][0]
+    assert page.startswith("<!doctype html>") and "cannot be shown" not in page
+    for figures in (with_done.evaluation()[name] for name in ("dense", "nm")):
+        shown = f"{figures['nonzero_parameters']:,}"
+        assert shown in page and shown in text
 
 
 # --- samples -----------------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """The feature networks: shapes, labels, weights that are checked, and clear lines when something is missing."""
 
 import ast
-import functools
-import os
 import pickle
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from prunedm import bundled, data, extractors, metrics
+from prunedm import bundled, extractors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,26 +25,6 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def random_weights(tmp_path_factory):
-    """A file with the architecture of Inception and no knowledge."""
-    from torch_fidelity import feature_extractor_inceptionv3 as theirs
-
-    shapes = {}
-
-    class Recorder(theirs.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict, strict=True, assign=False):
-            shapes.update(self.state_dict())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
-        torch.manual_seed(0)
-        Recorder("recorder", ["2048"])
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    torch.save(shapes, path)
-    return path
 
 
 def test_the_bundled_extractor_gives_features_and_logits_on_the_cpu():
@@ -76,55 +54,6 @@ def test_inceptions_features_and_logits_are_torch_fidelitys(random_weights):
     features, logits = theirs(images.expand(-1, 3, -1, -1))
     torch.testing.assert_close(found, features)
     torch.testing.assert_close(extractor.logits(found), logits)
-
-
-class Colours(torch.utils.data.Dataset):
-    """Grey images as torch-fidelity takes them."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].expand(3, -1, -1)
-
-
-def assert_equals_torch_fidelity(extractor, weights, count):
-    """Every figure is that of torch-fidelity's own command, which reads the same weights by itself."""
-    import torch_fidelity
-
-    drawn = data.load_bundled().train
-    a, b = drawn[:count], drawn[count : 2 * count]
-    found = torch_fidelity.calculate_metrics(
-        input1=Colours(a), input2=Colours(b), fid=True, kid=True, prc=True, isc=True, kid_subset_size=count // 2,
-        kid_subsets=5, isc_splits=2, feature_extractor="inception-v3-compat", cuda=False, verbose=False,
-        feature_extractor_weights_path=str(weights), cache=False, save_cpu_ram=True,
-    )  # fmt: skip
-    x, y = extractor.features(a), extractor.features(b)
-    close = functools.partial(pytest.approx, rel=1e-6, abs=1e-6)
-    # Their formula loses digits in the square root of a covariance of fewer images than features: 1e-4 of the scale.
-    scale = float(x.double().var(0).sum() + y.double().var(0).sum())
-    assert found["frechet_inception_distance"] > 1e-2 * scale
-    assert metrics.fid_from_features(x, y) == close(found["frechet_inception_distance"], abs=1e-4 * scale)
-    kid = metrics.kid(x, y, subset_size=count // 2, subsets=5, seed=2020)
-    assert kid.mean == close(found["kernel_inception_distance_mean"])
-    assert metrics.precision_recall(x, y) == close((found["precision"], found["recall"]))
-    theirs = found["inception_score_mean"], found["inception_score_std"]
-    assert metrics.inception_score(extractor.logits(x), splits=2) == close(theirs)
-
-
-@pytest.mark.slow
-def test_figures_with_inception_are_those_of_torch_fidelitys_own_command(random_weights):
-    network = extractors.Inception(extractors.inception_network(extractors.read_weights(random_weights)))
-    assert_equals_torch_fidelity(network, random_weights, 12)
-
-
-def test_figures_with_inceptions_real_weights_are_torch_fidelitys_where_they_are_given():
-    if not (weights := os.environ.get(extractors.INCEPTION_ENV)):
-        pytest.skip(f"set {extractors.INCEPTION_ENV} to {extractors.INCEPTION_NAME} to test the real weights")
-    assert_equals_torch_fidelity(extractors.get("inception"), weights, 48)
 
 
 def test_only_the_known_inception_weights_are_read(random_weights, monkeypatch):

@@ -12,7 +12,7 @@ ORDER = [  # a module may import those above it only
     "untrusted", "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "giveway", "records", "parallel",
     "owner", "bundled", "files", "jsonl", "redact", "logs", "password", "state_file", "store", "shared_run",
     "artifacts", "system", "glossary", "cache", "devices", "comparison", "shelf", "progress", "snapshots", "pictures",
-    "pattern", "steps", "palettes",
+    "pattern", "layer_order", "steps", "palettes",
     "charts", "model_charts", "packed", "model_check", "pruned_unet", "unet", "sources", "data", "ledger", "diffusion",
     "masks", "masked_unet", "maskfile", "training",
     "channel_groups", "channel_scores", "memory", "latency", "uniform", "sizing", "structured",

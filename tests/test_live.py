@@ -6,10 +6,11 @@ import time
 
 import pytest
 from apptest import components, live_lines, open_page, said
+from fake_runs import fake
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from app import live, pace, parts
+from app import live, pace, parts, system_views
 from prunedm import store
 from prunedm.recipe import Recipe
 
@@ -199,13 +200,23 @@ def test_foreign_text_in_a_line_is_no_markup(run):
     assert "<img" not in line["html"]
 
 
-@pytest.mark.parametrize("page", ["home", "monitor"])
-def test_nothing_is_asked_for_when_nothing_runs(runs, page):
-    run = store.create(runs, Recipe())
-    run.end(run.state(), "stopped", None)
+@pytest.mark.parametrize("page", ["home", "launch", "sweep", "monitor", "runs", "compare", "models", "system"])
+def test_nothing_is_asked_for_when_nothing_runs(runs, page, monkeypatch):
+    asked, fragment = [], live.st.fragment
+
+    def noted(*given, run_every=None):
+        asked.append(run_every)
+        return fragment(*given, run_every=run_every)
+
+    fake(runs, "done")
+    fake(runs, "stopped", "stopped", evaluated=False)
     app = open_page(page)
+    system_views.look().result(60)  # System asks until the machine has been looked at
+    monkeypatch.setattr(live.st, "fragment", noted)
+    app.run()
     assert not live_lines(app)
     assert all(data.get("part") is None for _, data in components(app))
+    assert [every for every in asked if every is not None] == []
 
 
 def test_home_turns_when_a_run_comes_or_changes(runs, run):

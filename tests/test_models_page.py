@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from conftest import make_unet
 from diffusers import DDPMScheduler
 
 from app import export_views, exports, layer_views
-from prunedm import imports, packed, pipeline, store, unet, verify
+from prunedm import imports, layer_order, packed, pipeline, store, unet, verify
 
 MARKUP = "<b>a</b> ![x](http://example.invalid/p.png) *b*, 50%"
 
@@ -221,7 +220,7 @@ def test_a_models_name_is_not_taken_for_a_format(tmp_path, stem):
 
 # --- layers ----------------------------------------------------------------------------------------
 def test_blocks_hold_every_layer_once_in_the_order_of_the_data(model_folder):
-    rows = sorted(verify.inspect(model_folder)["layers"], key=lambda row: layer_views.flow(row["layer"]))
+    rows = layer_order.in_order(verify.inspect(model_folder)["layers"])
     found = layer_views.blocks(rows)
     names = ["conv_in", "time_embedding", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     assert [block.name for block in found] == [*names, "conv_out"]
@@ -232,32 +231,6 @@ def test_blocks_hold_every_layer_once_in_the_order_of_the_data(model_folder):
         assert (block.layers, block.weights) == (len(own), sum(w.numel() for w in own))
         assert round(block.kept) == sum(int(w.count_nonzero()) for w in own)
     assert found[2].widths == (16, 16) and found[3].widths == (32, 32)
-
-
-def test_layers_stand_as_data_flows_through_them():
-    model = make_unet(layers_per_block=2)
-    names = [n for n, m in model.named_modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    called, hooks = [], []
-    for name, module in model.named_modules():
-        if name in names:
-            hooks.append(module.register_forward_hook(lambda *_, name=name: called.append(name)))
-    with torch.no_grad():
-        model(torch.zeros(1, 1, 8, 8), 3)
-
-    def stops(layers):
-        """Blocks, ResNets, attentions and samplers in their order; what is inside one is its own business."""
-        found = (re.match(r"(?:[^.]+_blocks\.\d+|[^.]+)(?:\.\w+\.\d+)?", layer)[0] for layer in layers)
-        return [name for name in dict.fromkeys(found) if name != "time_embedding"]
-
-    assert stops(sorted(names, key=layer_views.flow)) == stops(called)
-
-
-def test_blocks_beyond_nine_stand_in_their_order():
-    names = [f"down_blocks.{i}.resnets.{j}.conv1" for i in (10, 9, 2) for j in (11, 3)] + ["other.x", "conv_in"]
-    ordered = sorted(names, key=layer_views.flow)
-    assert ordered[0] == "conv_in" and ordered[-1] == "other.x"
-    assert [n.split(".")[1] for n in ordered[1:-1]] == ["2", "2", "9", "9", "10", "10"]
-    assert [n.split(".")[3] for n in ordered[1:3]] == ["3", "11"]
 
 
 def test_the_bars_add_up_and_zeros_are_told_apart():

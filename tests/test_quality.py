@@ -99,6 +99,24 @@ def test_faithfulness_is_to_the_dense_models_sheet_of_the_same_seeds(places, rea
     assert "ssim" not in otherwise, "another number of steps: not the same noise's images"
 
 
+@pytest.mark.parametrize(("name", "is_bundled", "has_score"), [
+    ("bundled", True, True), ("bundled", False, False), ("inception", False, True), ("efficientnet-lite0", True, False),
+])  # fmt: skip
+def test_the_inception_score_is_given_only_where_the_network_knows_the_images(real, name, is_bundled, has_score):
+    """A network says something of the classes that it was taught: Inception of photographs, ours of its garments."""
+    judged = judge(data.Images("some", real.train, real.held_out, is_bundled=is_bundled))
+    judged.extractor = extractors.Bundled()
+    judged.extractor.name = name
+    seen = quality.Seen(0)
+    seen.add(real.held_out, metrics.extract([real.held_out]))
+    train = metrics.extract([real.train])
+    found = judged._distances(seen, metrics.statistics(train), train)
+    assert ("isc" in found, "isc_std" in found) == (has_score, has_score)
+    if has_score:
+        expected = metrics.inception_score(judged.extractor.logits(seen.kept), splits=1)[0]
+        assert found["isc"] == expected > 1 and found["isc_std"] is None, "300 images are one part, without a spread"
+
+
 def test_the_sheet_holds_the_first_images_and_how_they_were_made(places, real, tmp_path, own_cache):
     one = target(places, "dense", tmp_path, info={"run": "r"})
     last(judge(real, eta=0.5).quality(one))
