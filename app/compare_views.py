@@ -13,7 +13,7 @@ from app.judgements import Task, judgements
 from prunedm import charts, comparison, figures, model_charts
 from prunedm.comparison import Judged
 
-EVERY_PROGRESS, EVERY_CURVES = 1.0, 2.0  # seconds
+EVERY_CURVES = 2.0  # seconds
 MORE = "compare_more"  # runs whose curves are shown beside those of the models
 
 
@@ -64,7 +64,7 @@ def sizes(keys: list[str], known: Known) -> None:
 def progress(task: Task, doing: str = "Judging") -> None:
     """A bar that follows the task, and the whole page again when it has ended."""
 
-    @st.fragment(run_every=pace.every(EVERY_PROGRESS, pace.tab()))
+    @st.fragment(run_every=pace.every(parts.EVERY_PROGRESS, pace.tab()))
     def follow() -> None:
         if task.future.done():
             st.rerun()

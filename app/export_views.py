@@ -17,7 +17,6 @@ FORMATS = {
     "semi-structured": "for torch's 2:4 kernels: needs a CUDA GPU",
 }
 EXTRAS = {".json": "Record", ".sh": "Script"}  # what lies beside an export
-EVERY = 1.0  # seconds between two looks at exports at work
 VERIFIED = "models.verified"  # the export whose layers are shown
 
 
@@ -37,7 +36,7 @@ def export(source: Source) -> None:
     st.caption(f"{kind}: {FORMATS[kind]}.")
     busy = exports.exports().busy(source.folder)
 
-    @st.fragment(run_every=pace.every(EVERY, pace.tab()) if busy else None)
+    @st.fragment(run_every=pace.every(parts.EVERY_PROGRESS, pace.tab()) if busy else None)
     def listing() -> None:
         if busy and not exports.exports().busy(source.folder):
             st.rerun()

@@ -10,7 +10,7 @@ from typing import Any
 
 import streamlit as st
 
-from prunedm import store
+from prunedm import files, store
 from prunedm.executors import Choice, Chosen
 from prunedm.jobs import load_engine
 from prunedm.jsonl import Lines, Tail
@@ -101,7 +101,7 @@ def card(run: Run) -> Card:
     """A run's recipe, state and figures; a broken folder is a card that says so."""
     known = kept(run)
     try:
-        run.require_own_files()
+        files.require_own(run.folder)
         recipe = known.get("recipe.yaml", run.recipe)
         results = known.get("evaluation.json", run.evaluation)
         return Card(run, recipe, run.state(), results)

@@ -96,9 +96,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         raise StoreError(said) from error
 
 
+def as_lines(records: Iterable[Any]) -> bytes:
+    """JSON lines."""
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
 def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Append JSON lines in one write; where the disk is full the file stays as it was."""
-    content = "".join(json.dumps(record) + "\n" for record in records).encode()
+    content = as_lines(records)
     if not content:
         return
     with path.open("ab+", buffering=0) as file:
@@ -116,6 +121,13 @@ def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def _ends_a_line(file: BinaryIO) -> bool:
     file.seek(-1, os.SEEK_END)
     return file.read(1) == b"\n"
+
+
+def require_own(folder: Path) -> None:
+    """StoreError when a link or a pipe stands in a run's folder: what it leads to is not the run's to show."""
+    found = foreign(folder)
+    if found:
+        raise StoreError(f"{found[0]} is {found[1]}; a run holds its own files only: remove it or copy")
 
 
 def foreign(folder: Path) -> tuple[str, str] | None:

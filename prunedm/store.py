@@ -13,7 +13,6 @@ crash tore is ignored by readers, closed off by the next writer and dropped on r
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -214,7 +213,7 @@ class Run:
         events = self.events()
         kept = [event for event in events if not isinstance(event, dict) or {**event, **same} != event]
         if len(kept) < len(events):
-            write_atomic(self.folder / EVENTS, "".join(json.dumps(event) + "\n" for event in kept).encode())
+            write_atomic(self.folder / EVENTS, files.as_lines(kept))
         self.event(**same, **values)
 
     def log(self, line: str) -> None:
@@ -236,18 +235,12 @@ class Run:
         for name in ("metrics.jsonl", EVENTS, MASK_LAYERS):
             path = self.folder / name
             records = [r for r in read_jsonl(path) if isinstance(r, dict)]
-            kept = [r for r in records if r.get("stage") != stage or "step" not in r or r["step"] <= step]
             if path.exists():
-                write_atomic(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+                kept = (r for r in records if r.get("stage") != stage or "step" not in r or r["step"] <= step)
+                write_atomic(path, files.as_lines(kept))
         for path in [*self.mask_snapshots(), *self.samples()]:
             if stage_step(path)[0] == stage and stage_step(path)[1] > step:
                 path.unlink()
-
-    def require_own_files(self) -> None:
-        """StoreError when a link or a pipe stands in the folder: what it leads to is not the run's to show."""
-        foreign = files.foreign(self.folder)
-        if foreign:
-            raise StoreError(f"{foreign[0]} is {foreign[1]}; a run holds its own files only: remove it or copy")
 
     # --- tensors -----------------------------------------------------------------------------
     def checkpoint(self, name: str) -> Path:
@@ -380,7 +373,7 @@ def is_run(runs_dir: Path, run_id: str) -> bool:
 def find(runs_dir: Path, run_id: str) -> Run:
     """A run by id, to read or to work on. The id is checked before it joins a path."""
     run = locate(runs_dir, run_id)
-    run.require_own_files()
+    files.require_own(run.folder)
     return run
 
 

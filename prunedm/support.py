@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import environment, logs, store, strict_yaml
+from . import environment, files, logs, store, strict_yaml
 from .jsonl import last_records
 from .redact import LAB, Redactor
 from .store import Run, StoreError
@@ -117,7 +117,7 @@ def packages() -> list[str]:
 def _run(run: Run, redactor: Redactor) -> dict[str, str]:
     """One run's texts. A folder with links is not read: they may lead to what is none of the run's."""
     try:
-        run.require_own_files()
+        files.require_own(run.folder)
     except (StoreError, OSError) as error:
         return {"problem.txt": redactor.text(str(error))}
     found = {

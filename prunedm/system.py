@@ -8,7 +8,6 @@ run: evenly over the past, every two seconds of late.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import threading
 import time
@@ -19,8 +18,9 @@ from typing import Any
 import psutil
 
 from . import parallel
+from .files import as_lines, write_atomic
 from .jsonl import read_jsonl
-from .store import SYSTEM, Run, write_atomic
+from .store import SYSTEM, Run
 
 EVERY = 2.0  # seconds between samples
 MOST = 5000  # lines of the file; when there are as many, half of them or more go
@@ -168,7 +168,7 @@ def thin(run: Run, most: int = MOST, every: float = EVERY) -> int:
     while len(kept) > most // 2:
         apart *= 2
         kept = spaced(whole, apart)
-    write_atomic(run.folder / SYSTEM, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    write_atomic(run.folder / SYSTEM, as_lines(kept))
     return len(kept)
 
 

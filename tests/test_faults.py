@@ -148,6 +148,17 @@ def test_no_kind_of_file_is_left_unhurt(hurt_run):
     assert there == hurt_ones
 
 
+def hurt_copy(whole: Path, runs: Path, pattern: str, damage: str, outside: Path) -> Path:
+    """A copy of a run in which the last file of this kind is hurt; a link in it leads to a secret outside."""
+    outside.write_text(SECRET)
+    broken = shutil.copytree(whole, runs / "20260102-000000-broken")
+    found = sorted(broken.glob(pattern))
+    if not found:
+        pytest.skip(f"such a run has no {pattern}")
+    hurt(found[-1], damage, outside)
+    return broken
+
+
 def hurt(path: Path, damage: str, outside: Path) -> None:
     content = path.read_bytes()
     if damage == "link":
@@ -165,15 +176,8 @@ def hurt(path: Path, damage: str, outside: Path) -> None:
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_hurt_file_breaks_no_page_and_no_other_run(runs, hurt_run, tmp_path_factory, pattern, damage):
-    outside = tmp_path_factory.mktemp("outside") / "secret.txt"
-    outside.write_text(SECRET)
-    whole, broken = runs / "20260101-000000-whole", runs / "20260102-000000-broken"
-    for folder in (whole, broken):
-        shutil.copytree(hurt_run.folder, folder)
-    files = sorted(broken.glob(pattern))
-    if not files:
-        pytest.skip(f"a finished run has no {pattern}")
-    hurt(files[-1], damage, outside)
+    whole = shutil.copytree(hurt_run.folder, runs / "20260101-000000-whole")
+    broken = hurt_copy(hurt_run.folder, runs, pattern, damage, tmp_path_factory.mktemp("outside") / "secret.txt")
     for page, query in PLACES:
         app = open_page(page, **({"run": broken.name} if page in ("monitor", "models") else {}), **query)
         assert not app.exception, (page, query, app.exception)
@@ -190,9 +194,7 @@ def test_a_hurt_file_breaks_no_page_and_no_other_run(runs, hurt_run, tmp_path_fa
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_hurt_file_is_said_in_one_line_by_each_command(runs, hurt_run, tmp_path, capfd, pattern, damage):
-    (tmp_path / "secret.txt").write_text(SECRET)
-    broken = shutil.copytree(hurt_run.folder, runs / "20260102-000000-broken")
-    hurt(sorted(broken.glob(pattern))[-1], damage, tmp_path / "secret.txt")
+    broken = hurt_copy(hurt_run.folder, runs, pattern, damage, tmp_path / "secret.txt")
     for command in COMMANDS:
         assert_well_said(command, broken, capfd)
 
@@ -201,12 +203,8 @@ def test_a_hurt_file_is_said_in_one_line_by_each_command(runs, hurt_run, tmp_pat
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_stopped_run_goes_on_over_a_hurt_file_or_says_why_not(runs, stopped_run, tmp_path, capfd, pattern, damage):
-    (tmp_path / "secret.txt").write_text(SECRET)
-    broken = shutil.copytree(stopped_run.folder, runs / "20260102-000000-broken")
-    files = sorted(broken.glob(pattern.replace("/nm/", "/structured/")))
-    if not files:
-        pytest.skip(f"a stopped run has no {pattern}")
-    hurt(files[-1], damage, tmp_path / "secret.txt")
+    kind = pattern.replace("/nm/", "/structured/")  # the last variant that a stopped run has
+    broken = hurt_copy(stopped_run.folder, runs, kind, damage, tmp_path / "secret.txt")
     assert_well_said(["resume", "{}"], broken, capfd)
 
 
