@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from . import allocate, bundled, data, masked_unet, maskfile, store, structured, unet
+from . import allocate, bundled, data, masked_unet, maskfile, store, structured, subject, unet
 from .recipe import Recipe
 from .records import LayerReport
 from .stage_recipes import CALIBRATED, INITIALS, Prune, parse_pattern
@@ -23,8 +23,7 @@ def resolve_source(source: str, runs_dir: Path) -> str:
     run_id, _, variant = source.partition("/")
     if not store.is_run(runs_dir, run_id):
         return source
-    run = store.find(runs_dir, run_id)
-    run.state()  # refuses a run of a later version, whose files may mean something else
+    run = subject.run_of(runs_dir, run_id)
     finished = run.variants()
     if not finished or (variant and variant not in finished):
         raise InputError(
@@ -75,7 +74,7 @@ def masks_source(recipe: Recipe, runs_dir: Path) -> Path | None:
     if given is None or given in INITIALS:
         return None
     if store.is_run(runs_dir, given):
-        store.find(runs_dir, given).state()  # refuses a run of a later version, as resolve_source does
+        subject.run_of(runs_dir, given)
     folder = runs_dir / given if store.RUN_ID.fullmatch(given) and (runs_dir / given).is_dir() else Path(given)
     try:
         return maskfile.locate(folder.expanduser())

@@ -96,8 +96,7 @@ def _of_source(source: str, runs_dir: Path, base: Entry | None, loaded: dict[str
     if not store.is_run(runs_dir, run_id):
         found = subject.find(source, None, runs_dir, READ_AS, strict=False)
         return [Entry(_name(source, found), found, _home(found), dense=base, source=_anywhere(source, found))]
-    run = store.find(runs_dir, run_id)
-    run.state()  # refuses a run of a later version, whose files may mean something else
+    run = subject.run_of(runs_dir, run_id)
     finished = run.variants()
     if not finished or (tail and tail not in finished):
         known = ", ".join(finished) or "none yet"

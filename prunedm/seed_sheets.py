@@ -49,8 +49,7 @@ def draw(source: str, start: int, runs_dir: Path, settings: Eval) -> Path:
 
     run_id, _, variant = source.partition("/")
     if store.is_run(runs_dir, run_id):
-        run = store.find(runs_dir, run_id)
-        run.state()  # refuses a run of a later version, whose files may mean something else
+        run = subject.run_of(runs_dir, run_id)
         if variant not in run.variants():
             known = ", ".join(run.variants()) or "none yet"
             raise ValueError(f"{source}: run {run_id} has the variants {known}; name one of them")

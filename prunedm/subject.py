@@ -50,7 +50,7 @@ def find(source: str, variant: str | None, runs_dir: Path, read_as: Pattern, str
     """
     run_id, _, tail = source.partition("/")
     if store.is_run(runs_dir, run_id):
-        found = _of_run(store.find(runs_dir, run_id), variant or tail or None)
+        found = _of_run(run_of(runs_dir, run_id), variant or tail or None)
     elif variant is not None:
         raise SubjectError(f"--variant {variant} is for runs and no run {source!r} is in {runs_dir}; leave it out")
     else:
@@ -62,8 +62,14 @@ def find(source: str, variant: str | None, runs_dir: Path, read_as: Pattern, str
     return found
 
 
+def run_of(runs_dir: Path, run_id: str) -> store.Run:
+    """A run whose models and masks are to be read; StoreError for one of a later version, where these may differ."""
+    run = store.find(runs_dir, run_id)
+    run.state()
+    return run
+
+
 def _of_run(run: store.Run, variant: str | None) -> Subject:
-    run.state()  # refuses a run of a later version, whose files may mean something else
     finished = run.variants()
     if not finished or (variant and variant not in finished):
         known = ", ".join(finished) or "none yet"
