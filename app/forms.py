@@ -198,7 +198,7 @@ def fields(
             if folded:
                 document[section] |= _fold(section, {name: model.model_fields[name] for name in folded}, wrong)
             if section == "data":
-                place = st.container()
+                place = st.container(key="beside-data")
     return document, place
 
 

@@ -110,9 +110,11 @@ def settle(page, seconds: float = 15) -> None:
     page.wait_for_timeout(400)
 
 
-def choose(page, label: str, option: str) -> None:
-    """Take an option of a list; brought into view first, as a list closes when the page scrolls."""
-    page.get_by_label(label).scroll_into_view_if_needed()
+def choose(within, label: str, option: str | re.Pattern) -> None:
+    """Take an option of a list on a page or in a part of one; brought into view first, as a list closes when the page
+    scrolls."""
+    page, field = getattr(within, "page", within), within.get_by_role("combobox", name=label, exact=True)
+    field.scroll_into_view_if_needed()
     page.wait_for_timeout(400)
-    page.get_by_label(label).click()
-    page.get_by_role("option", name=option).click()
+    field.click()
+    page.get_by_role("option", name=option, exact=True).click()

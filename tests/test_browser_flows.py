@@ -138,11 +138,6 @@ def type_in(within, values: dict[str, object]) -> None:
         field.press("Tab")
 
 
-def choose(page, within, label: str, option: str) -> None:
-    within.get_by_label(label, exact=True).click()
-    page.get_by_role("option", name=option, exact=True).click()
-
-
 def upload(page, name: str, content: bytes, kind: str) -> None:
     page.locator("input[type=file]").first.set_input_files({"name": name, "mimeType": kind, "buffer": content})
 
@@ -194,7 +189,7 @@ def test_a_custom_run_is_typed_mended_and_started(page, url, place, at_rest, mod
     model.press("Enter")
     type_in(section(page, "Data"), {"Source": image_folder, "Batch size": 8})
     pruning, masks = section(page, "Stage 1: structured pruning"), section(page, "Stage 2: N:M masks")
-    choose(page, pruning, "Share of", "macs")
+    browser.choose(pruning, "Share of", "macs")
     type_in(pruning, {"Target": 0.3, "Fine-tune steps": 5})
     type_in(masks, {"Steps": 4, "Recovery steps": 3})
     type_in(section(page, "Evaluation"), {"Images": 8, "Steps": 2})
@@ -408,13 +403,13 @@ def pictures(page) -> list[tuple[str, str]]:
 # --- sweep ---------------------------------------------------------------------------------------------
 def test_a_sweep_of_three_trials_to_its_front_and_into_compare(page, url, place, at_rest, tiny):
     go(page, f"{url}/sweep")
-    choose(page, page, "Recipe", "YAML")
+    browser.choose(page, "Recipe", "YAML")
     common = tiny(prune={"finetune_steps": 1}, mask={"method": "none"})
     type_in(page, {"Recipe as YAML": common.to_yaml()})
     page.get_by_role("button", name="Add a range").click()
-    choose(page, page, "Values", "these values")
+    browser.choose(page, "Values", "these values")
     type_in(page, {"List": "0.15, 0.35, 0.55", "Trials": 3, "Name": "three"})
-    choose(page, page, "Sampler", "grid")
+    browser.choose(page, "Sampler", "grid")
     page.get_by_role("button", name="Start the sweep").click()
     page.get_by_text("3 of 3 trials: 3 complete").wait_for()
     chart = page.locator("[aria-label*='of 3 trials; on the front']")
@@ -450,6 +445,6 @@ def test_a_model_is_exported_downloaded_and_imported_again(page, url, done, tmp_
     page.get_by_role("button", name="Import the zip").click()
     page.get_by_text("again is imported: Launch offers it").wait_for()
     page.get_by_role("link", name="Launch").click()
-    choose(page, section(page, "Model"), "Source", "again (imported)")
+    browser.choose(section(page, "Model"), "Source", "again (imported)")
     dense = page.get_by_test_id("stMetric").filter(has_text="Parameters, dense").get_by_test_id("stMetricValue")
     expect(dense).to_have_text(f"{run.evaluation()['nm']['parameters']:,}")

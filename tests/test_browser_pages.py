@@ -195,8 +195,7 @@ def unfold(page, *names: str) -> None:
 
 
 def choose(page, label: str, option: re.Pattern) -> None:
-    page.get_by_role("combobox", name=label, exact=True).click()
-    page.get_by_role("option", name=option).click()
+    browser.choose(page, label, option)
     act(page)
 
 
