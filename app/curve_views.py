@@ -21,6 +21,7 @@ SETTLING = (
     *("advantage", "mask_lr", "mask_grad_norm"),
 )
 STEPS, TIME = "Steps", "Time"
+ALL = "all"  # stages: no value of a list that shows one may be None
 
 
 def controls() -> tuple[str, charts.Look]:
@@ -147,19 +148,19 @@ def choose_figure(there: list[str], stages: list[str]) -> tuple[str, str | None]
             "Figure", there, format_func=charts.LABELS.get, key="compare_figure", persist_state="session"
         ),
     )  # fmt: skip
-    known = {"all": None} | {one: one for one in stages}
+    known = {one: one for one in (ALL, *stages)}
     stage = parts.linked(
-        "stage", "compare_stage", known, None,
+        "stage", "compare_stage", known, ALL,
         lambda: right.selectbox(
             "Stage",
-            list(known.values()),
-            format_func=lambda one: STAGE_LABELS.get(one, one) if one else "all stages",
+            list(known),
+            format_func=lambda one: "all stages" if one == ALL else STAGE_LABELS.get(one, one),
             key="compare_stage",
             persist_state="session",
             help="one stage alone begins at zero in every run, whatever came before it",
         ),
     )  # fmt: skip
-    return key, stage
+    return key, None if stage == ALL else stage
 
 
 def part(run: Run, steps: Steps, stage: str | None, in_time: bool) -> tuple[Steps, list[float] | None]:

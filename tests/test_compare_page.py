@@ -289,6 +289,7 @@ def test_curves_of_runs_lie_over_one_another_those_at_work_too(with_done, runs):
         app.selectbox(key="compare_figure").set_value(figure).run()
         assert not app.exception and not app.error
     app.segmented_control(key="curve_axis").set_value("Time").run()
+    assert app.selectbox(key="compare_stage").value == "all", "never an empty list"
     app.selectbox(key="compare_stage").set_value("mask").run()
     assert not app.exception and not app.error
     again = open_page("compare", view="Curves", curves=busy.id)
@@ -316,8 +317,8 @@ def test_the_address_names_how_curves_are_looked_at(with_done):
     again = open_page("compare", view="Curves", **CURVES)
     assert looked_at(again) == looked_at(app) == ["grad_norm", "mask", "Time", 0.35, True]
     assert not again.warning and not again.error
-    again.selectbox(key="compare_stage").set_value(None).run()
-    assert again.selectbox(key="compare_stage").value is None and "stage" not in again.query_params
+    again.selectbox(key="compare_stage").set_value("all").run()
+    assert again.selectbox(key="compare_stage").value == "all" and "stage" not in again.query_params
     wrong = open_page("compare", view="Curves", figure="<b>", stage="none", over="x", smoothing="nan", log="maybe")
     assert looked_at(wrong) == looked_at(open_page("compare", view="Curves")) and not wrong.error
 
