@@ -14,11 +14,12 @@ from prunedm.records import ACTIVE
 from prunedm.store import Run
 
 PATIENCE = 60_000  # milliseconds that a page may take on a loaded machine
-# The script rests, and every chart in sight is drawn, at the page's width.
+# The script rests, nothing is still faded for being drawn anew, and every chart in sight is drawn, at the page's width.
 AT_REST = """() => {
   const shown = (selector) => [...document.querySelectorAll(selector)].filter((e) => e.checkVisibility());
   return document.querySelector("[data-testid=stApp][data-test-script-state=notRunning]")
     && !shown("[data-testid=stSkeleton], [data-testid=stSpinner]").length
+    && !document.getAnimations().some((one) => one instanceof CSSTransition && one.transitionProperty === "opacity")
     && shown(".live-plot, .picture, [data-testid=stPlotlyChart]").every((plot) => {
       const drawn = plot.querySelector(".main-svg");
       return drawn && drawn.getBoundingClientRect().width <= plot.clientWidth + 1;

@@ -9,6 +9,7 @@ import pytest
 
 from prunedm import store
 
+expect = pytest.importorskip("playwright.sync_api").expect
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(browser.chromium_path() is None, reason="chromium is not installed and apt-get could not"),
@@ -32,7 +33,7 @@ def test_the_demo_from_the_button_to_the_comparison(tmp_path):
             assert time.monotonic() < deadline
             page.wait_for_timeout(1000)
         assert run.state().status == "done", run.log_path.read_text()
-        page.get_by_text(re.compile(r"Done in")).wait_for(timeout=15_000)
+        expect(page.get_by_text("Done in")).to_have_count(1, timeout=15_000)
         page.get_by_role("tab", name="Masks").click()
         page.locator("[aria-label*='differ from the initial mask'] .heatmaplayer image").first.wait_for(
             state="attached", timeout=15_000
