@@ -167,7 +167,7 @@ def opened(what: str, page: str, runs: Path, mark: str) -> None:
     tell(f"{what}, script, warm", statistics.median(warm), "s", 1)
     with browser.server(runs, folder() / "server.log") as url, browser.chromium() as tab:
         tab.goto(f"{url}/system")
-        browser.settle(tab, 60)
+        browser.settle(tab)
         tab.wait_for_timeout(8000)  # the engine is loaded in the background
         cold, *warm = [seen(tab, page, mark) for _ in range(OPENINGS)]
         tell(f"{what}, in chromium, cold", cold, "s", 1)
@@ -180,10 +180,10 @@ def seen(tab, page: str, mark: str) -> float:
     tab.get_by_test_id("stSidebarNav").get_by_role("link", name=page.capitalize(), exact=True).click()
     tab.locator(mark).first.wait_for(state="attached", timeout=60_000)
     seconds = time.perf_counter() - start
-    browser.settle(tab, 60)
+    browser.settle(tab)
     tab.get_by_test_id("stSidebarNav").get_by_role("link", name="System", exact=True).click()
     tab.get_by_role("heading", name="System", exact=True).wait_for()
-    browser.settle(tab, 60)
+    browser.settle(tab)
     return seconds
 
 

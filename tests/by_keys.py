@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 
+import browser
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,6 @@ from prunedm import store
 from prunedm.records import ACTIVE
 from prunedm.store import Run
 
-PATIENCE = 60_000  # milliseconds that a page may take on a loaded machine
 # The script rests, nothing is still faded for being drawn anew, and every chart in sight is drawn, at the page's width.
 AT_REST = """() => {
   const shown = (selector) => [...document.querySelectorAll(selector)].filter((e) => e.checkVisibility());
@@ -37,12 +37,12 @@ FOCUSED = """() => {
 
 
 def rest(page) -> None:
-    page.wait_for_function(AT_REST, timeout=PATIENCE)
+    page.wait_for_function(AT_REST)
 
 
 def act(page) -> None:
-    """Wait for what a click sets off: its message to the server leaves a moment later."""
-    page.wait_for_timeout(150)
+    """Wait for what a click sets off."""
+    browser.taken(page)
     rest(page)
 
 
@@ -57,6 +57,8 @@ def tab_to(page, name: str) -> None:
         page.keyboard.press("Tab")
         found, box = page.evaluate(FOCUSED)
         if re.search(name, found):
+            rest(page)  # what the field before has set off may move this one
+            found, box = page.evaluate(FOCUSED)
             assert focus_shows(page, box), f"the focus on {found} is not seen"
             return
     pytest.fail(f"Tab does not reach {name}")

@@ -42,14 +42,14 @@ def test_markup_is_shown_and_never_rendered(tmp_path):
         seen = {name: look(page, f"{url}/{name}?run={run.id}&imported=marked") for name in PAGES}
         outside = [u for u in page.requested if not re.match(r"(data|blob):|(http|ws)://127\.0\.0\.1:", u)]
         assert outside == []
-        assert [error for error in page.errors if not browser.OWN_404.search(error)] == []
+        assert browser.errors(page) == []
     assert "onerror=" in seen["monitor"], "the error is shown as it is"
 
 
 def look(page, address: str) -> str:
     """The words of a page, in which nothing was rendered or run."""
     page.goto(address)
-    browser.settle(page, 60)
+    browser.settle(page)
     assert page.evaluate("window.ran") is None and page.locator(RENDERED).count() == 0, address
     words = page.locator("body").inner_text()
     assert "Page not found" not in words, address

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import browser
 import pytest
-from by_keys import BY_KEYS, PATIENCE, act, arrive, press, rest, tab_to
+from by_keys import BY_KEYS, act, arrive, press, rest, tab_to
 from fake_runs import other_states
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
@@ -92,7 +92,9 @@ TAB_IN_SIGHT = """() => {
   const { left, right } = document.querySelector("[role=tab][aria-selected=true]").getBoundingClientRect();
   return left >= 0 && right <= innerWidth;
 }"""
-AT_ONCE = "* { transition-property: opacity !important; animation: none !important; }"  # no colour half-way to another
+# No colour half-way to another, and none faded while a part that turns by itself is drawn anew.
+AT_ONCE = """* { transition-property: opacity !important; animation: none !important; }
+[data-stale=true], summary, summary > *, [role=tablist], [role=tab] { opacity: 1 !important; }"""
 
 
 # --- the lab -------------------------------------------------------------------------------------------
@@ -115,7 +117,6 @@ def page(url):
     """One browser page for all tests: to load it takes longer than to look at a view."""
     with browser.launched() as started:
         opened = browser.watched_page(started, viewport=WIDE)
-        opened.set_default_timeout(PATIENCE)
         load(opened, url)
         yield opened
 
@@ -131,7 +132,7 @@ def load(page, url: str) -> None:
 def nothing_from_outside(page) -> Iterator[None]:
     """No request leaves the machine, and no error is said on the console."""
     yield
-    errors = [one for one in page.errors if not browser.OWN_404.search(one)]
+    errors = browser.errors(page)
     requested = page.requested[:]
     page.errors.clear()
     page.requested.clear()

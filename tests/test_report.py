@@ -659,7 +659,7 @@ NARROWEST = (
 
 def comes_true(page, condition: str) -> None:
     """playwright's own waiting needs eval, which the page's policy forbids."""
-    for _ in range(100):
+    for _ in range(600):
         if page.evaluate(condition):
             return
         page.wait_for_timeout(100)

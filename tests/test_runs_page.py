@@ -435,10 +435,10 @@ def test_delete_undo_filter_and_compare_by_mouse_and_keyboard(tmp_path):
     order = sorted((a.id, b.id, c.id), reverse=True)
     with browser.server(runs, tmp_path / "server.log") as url, browser.chromium() as page:
         page.goto(url)
-        browser.settle(page, 30)
+        browser.settle(page)
         page.get_by_role("link", name="Runs").click()
         grid = page.get_by_test_id("stDataFrame").first
-        grid.wait_for(timeout=30_000)
+        grid.wait_for()
         browser.settle(page)
 
         page.get_by_test_id("data-grid-canvas").first.focus()
@@ -448,6 +448,7 @@ def test_delete_undo_filter_and_compare_by_mouse_and_keyboard(tmp_path):
         page.get_by_role("button", name="Delete").click()
         page.get_by_role("button", name="Move to the trash").click()
         page.get_by_text("moved to the trash").wait_for()
+        page.get_by_text("2 of 2 runs").wait_for()
         assert not b.folder.exists()
         page.get_by_role("button", name="Undo").click()
         page.get_by_text("3 of 3 runs").wait_for()
@@ -470,11 +471,11 @@ def test_delete_undo_filter_and_compare_by_mouse_and_keyboard(tmp_path):
         page.get_by_text("2 runs ticked").wait_for()
         page.get_by_test_id("stCaptionContainer").get_by_text(f"{c.id}, {a.id}").wait_for()
         page.get_by_role("button", name="Compare", exact=True).click()
-        page.wait_for_url(re.compile("/compare"), timeout=30_000)
+        page.wait_for_url(re.compile("/compare"))
         for run in (a, c):
-            page.get_by_test_id("stMain").get_by_text(re.compile(re.escape(run.id))).first.wait_for(timeout=30_000)
+            page.get_by_test_id("stMain").get_by_text(re.compile(re.escape(run.id))).first.wait_for()
         assert page.get_by_test_id("stMain").get_by_text(b.id).count() == 0
-        assert page.errors == []
+        assert browser.errors(page) == []
 
 
 def tick_row(page, place):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
+from urllib.parse import urlparse
 
 import browser
 import psutil
@@ -63,8 +64,7 @@ def serving(command: list[str], port: int, folder: Path, **environment: str) -> 
             browser.wait_healthy(port, process, log)
             yield Server(port, process, log)
         finally:
-            process.terminate()
-            process.wait(20)
+            browser.end(process)
 
 
 def with_a_run(folder: Path) -> Path:
@@ -202,12 +202,13 @@ def test_a_friend_logs_in_and_sees_pictures_that_a_stranger_does_not(shared):
         page.goto(f"{shared.own}/runs")
         page.get_by_label("Password").fill(WORD)
         page.get_by_role("button", name="Log in").click()
-        page.get_by_role("heading", name="Runs").first.wait_for(timeout=60_000)
+        page.get_by_role("heading", name="Runs").first.wait_for()
         page.get_by_role("link", name="Home", exact=True).click()
-        page.get_by_alt_text("32 garments drawn by the bundled dense model").wait_for(timeout=60_000)
-        media = next(url for url in page.requested if "/media/" in url)
-        assert page.request.get(media).status == 200
-        assert shared.ask(media.partition(str(shared.port))[2])[0] == 401
+        garments = page.get_by_alt_text("32 garments drawn by the bundled dense model")
+        address = urlparse(garments.evaluate("image => image.src")).path
+        assert address.startswith("/media/")
+        assert page.request.get(f"{shared.own}{address}").status == 200
+        assert shared.ask(address)[0] == 401
 
 
 # --- in front of each page -----------------------------------------------------------------------------

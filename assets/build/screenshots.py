@@ -69,7 +69,7 @@ def demo(url: str, runs: Path) -> None:
     """Press the button, photograph Monitor in the middle of mask learning, wait for the end."""
     with browser.chromium() as page:
         page.goto(url)
-        browser.settle(page, 30)
+        browser.settle(page)
         page.get_by_role("button", name="Run the demo").click()
         page.wait_for_url(re.compile("/monitor"), timeout=60_000)
         run = store.all_runs(runs)[0]
@@ -91,9 +91,9 @@ def each_page(url: str, suffix: str, runs: Path, only: list[str], **options) -> 
             if name in OF_TWO_RUNS:
                 address += f"&runs={','.join(evaluated[:2])}"
             page.goto(f"{url}/{address}")
-            browser.settle(page, 60)
+            browser.settle(page)
             photograph(page, OUT / f"{name}{suffix}.png")
-        for error in (one for one in page.errors if not browser.OWN_404.search(one)):
+        for error in browser.errors(page):
             print(f"console error: {error}")
 
 
