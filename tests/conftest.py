@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,22 +23,30 @@ TURNS = 10
 
 
 def pytest_configure() -> None:
-    """Slow tests take turns, a tenth a day; PRUNEDM_SLOW=all (make nightly) runs every one, PRUNEDM_SLOW=none none.
+    """Slow tests take turns, a tenth a day, and so do the cases of a test that is ``in_turn(n)``, every n-th a day and
+    at least one. PRUNEDM_SLOW=all (make nightly) runs every one, PRUNEDM_SLOW=none no slow one and the first cases.
 
     The day is read once, for all worker processes.
     """
-    os.environ.setdefault("PRUNEDM_SLOW", str(datetime.date.today().toordinal() % TURNS))
+    os.environ.setdefault("PRUNEDM_SLOW", str(datetime.date.today().toordinal()))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     turn = os.environ["PRUNEDM_SLOW"]
     if turn == "all":
         return
+    day = int(turn) if turn.isdecimal() else 0
     slow = [item for item in items if item.get_closest_marker("slow")]
-    kept = set(slow[int(turn) :: TURNS]) if turn.isdecimal() else set()
-    left_out = [item for item in slow if item not in kept]
+    left_out = set(slow) - set(slow[day % TURNS :: TURNS] if turn.isdecimal() else [])
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("in_turn") and item not in left_out:
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for of_one in cases.values():
+        every = min(len(of_one), of_one[0].get_closest_marker("in_turn").args[0])
+        left_out |= set(of_one) - set(of_one[day % every :: every])
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
+        config.hook.pytest_deselected(items=sorted(left_out, key=items.index))
         items[:] = [item for item in items if item not in left_out]
 
 
@@ -61,6 +71,15 @@ def make_unet(**changes):
 def cache_folder(tmp_path_factory) -> None:
     """Reference statistics of the tests' images go into a folder of their own."""
     os.environ["PRUNEDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_for_good() -> None:
+    """What is imported is not looked at again by each collection of garbage, which takes 0.3 s with it."""
+    from prunedm import pipeline  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

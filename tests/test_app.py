@@ -467,6 +467,7 @@ def test_the_run_picker_can_be_used_twice(with_done, runs):
         assert ids[index].startswith(chosen) and chosen in app.query_params["run"]
 
 
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize(
     "name",
     [

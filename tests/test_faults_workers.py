@@ -81,6 +81,7 @@ def ended(run):
     return run.state()
 
 
+@pytest.mark.in_turn(5)
 @pytest.mark.parametrize(("stage", "do", "cause", "changes"), FAULTS)
 def test_a_fault_in_a_worker_is_told_and_the_queue_goes_on(runs, micro, broken, stage, do, cause, changes):
     held = broken(stage, do)

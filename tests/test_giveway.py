@@ -93,6 +93,7 @@ def test_what_lies_between_two_looks_is_short(whole):
     assert all(seconds < CPU_SECONDS for seconds in watch.longest.values()), watch.longest
 
 
+@pytest.mark.in_turn(5)
 @pytest.mark.parametrize("stage", ["prune", "finetune", "mask", "recover", "evaluate"])
 def test_a_stop_asked_for_in_the_middle_of_anything_is_answered_there(whole, watched, tmp_path, stage):
     unhurt, full = whole
@@ -107,6 +108,7 @@ def test_a_stop_asked_for_in_the_middle_of_anything_is_answered_there(whole, wat
     assert_same(unhurt, run)
 
 
+@pytest.mark.in_turn(5)
 @pytest.mark.parametrize("stage", ["prune", "finetune", "mask", "recover", "evaluate"])
 def test_a_pause_asked_for_in_the_middle_of_anything_holds_there(whole, watched, tmp_path, stage):
     unhurt, full = whole

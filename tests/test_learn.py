@@ -475,6 +475,7 @@ RESUMED = [
 ]
 
 
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize("spec", RESUMED, ids=lambda spec: "-".join(map(str, spec.values())))
 def test_a_trainer_round_trips_at_any_step(task, spec):
     def fresh():

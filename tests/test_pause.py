@@ -93,6 +93,7 @@ def test_a_pause_asked_for_before_the_start_holds_before_the_first_step(done, tm
     assert_same(done, run)
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize(("stage", "step"), [("prune", 1), ("mask", 4), ("evaluate", 2)])
 def test_a_paused_run_stops_at_once_and_resumes_to_the_same_result(done, tmp_path, micro, stage, step):
     run, asked = store.create(tmp_path, micro()), []

@@ -112,6 +112,7 @@ def test_another_seed_gives_another_result(done, tmp_path, micro):
     assert not all(torch.equal(t, weights(other)[n]) for n, t in weights(done).items())
 
 
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize(
     ("stage", "step"),
     [("prune", 0), ("prune", 1), ("finetune", 3), ("mask", 1), ("mask", 4), ("recover", 2), ("evaluate", 2)],
@@ -130,6 +131,7 @@ def test_stopping_and_resuming_gives_the_uninterrupted_result(done, tmp_path, mi
     assert_same(done, run)
 
 
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize(
     "mask",
     [
@@ -157,6 +159,7 @@ def test_a_crash_between_checkpoints_loses_and_doubles_nothing(tmp_path, micro, 
     assert_same(whole, run)
 
 
+@pytest.mark.in_turn(5)
 @pytest.mark.parametrize(
     ("changes", "variants"),
     [
@@ -340,6 +343,7 @@ def test_records_are_json(done):
 ROUNDS = {"rounds": 3, "round_steps": 2, "method": "taylor", "calibration_images": 4, "calibration_steps": 2}
 
 
+@pytest.mark.in_turn(5)
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4])
 def test_pruning_in_rounds_stops_and_resumes_anywhere(tmp_path, micro, step):
     recipe = micro(prune=ROUNDS, mask={"method": "none"})
@@ -364,6 +368,7 @@ def test_pruning_in_rounds_stops_and_resumes_anywhere(tmp_path, micro, step):
     assert_same(whole, run)
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize(
     "prune", [{"layout": "uniform"}, {"of": "macs", "ranking": "global"}, {"method": "activation"}]
 )

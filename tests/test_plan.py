@@ -126,6 +126,7 @@ def storages() -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.device.type == "cpu"}
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("label", [label for label in bench.STEPS if label != "evaluate"])
 def test_state_of_optimiser_and_masks_is_what_is_held_between_steps(label):
     """Of the bundled model's size, since scalars weigh in small ones."""
