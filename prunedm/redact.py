@@ -32,7 +32,8 @@ FORMS: tuple[tuple[re.Pattern[str], str], ...] = (
         r"\1<secret>",
     ),
     (re.compile(r"(\w://)[^/\s@]+@"), r"\1<secret>@"),
-    (re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"), "<e-mail>"),
+    # Tried from the beginning of a word alone: from each of its characters a long one would take its square.
+    (re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+(?:\.[\w-]+)+"), "<e-mail>"),
 )
 PARTS = rf"/(?:[^/{PATH_ENDS}]+/)"
 OTHER_HOMES = re.compile(rf"/(?:home|Users)/[^/\s{PATH_ENDS}]+")
