@@ -6,6 +6,7 @@ import datetime
 import gc
 import os
 from collections import defaultdict
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,12 +75,14 @@ def cache_folder(tmp_path_factory) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imported_for_good() -> None:
+def imported_for_good() -> Iterator[None]:
     """What is imported is not looked at again by each collection of garbage, which takes 0.3 s with it."""
     from prunedm import pipeline  # noqa: F401
 
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()  # else onnx's bindings complain of leaks at the end
 
 
 @pytest.fixture(scope="session", autouse=True)
