@@ -97,8 +97,19 @@ export default async function ({ data, parentElement, setTriggerValue }) {
 PREPARE = (
     READY
     + """
+// A first chart, out of sight, has the browser compile what every chart needs.
+const rehearse = async () => {
+  const Plotly = await ready();
+  const node = document.createElement("div");
+  node.setAttribute("aria-hidden", "true");
+  node.style.cssText = "position: fixed; left: -9999px; visibility: hidden";
+  document.body.append(node);
+  await Plotly.newPlot(node, [{ y: [0, 1], mode: "lines" }], { width: 400, height: 300 });
+  Plotly.purge(node);
+  node.remove();
+};
 export default function () {
-  (window.requestIdleCallback ?? setTimeout)(() => ready());
+  window.prunedmRehearsed ??= (window.requestIdleCallback ?? setTimeout)(rehearse) || true;
 }
 """
 )

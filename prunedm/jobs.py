@@ -8,6 +8,7 @@ It lives in memory and the runs in their folders: when a server dies, its runs s
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -49,6 +50,7 @@ def load_engine() -> None:
             # never die, so take them out of its sight. Not later, or the models of a run would be out of it too.
             gc.collect()
             gc.freeze()
+            atexit.register(gc.unfreeze)  # else triton's bindings complain of leaks as the process ends
 
 
 def require_inputs(recipe: Recipe, runs_dir: Path, is_here: bool = True) -> None:

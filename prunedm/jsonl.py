@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar
 
+import orjson
+
 Whole = TypeVar("Whole", covariant=True)
 BLOCK, LAST = 2**20, 64  # bytes of a growing file read at once, and remembered of its end
 
@@ -35,13 +37,15 @@ def last_records(path: Path, most: int, size: int) -> list[dict[str, Any]]:
 def _parsed(lines: bytes) -> list[Any]:
     """JSON lines, without those that a crash tore in the middle of the file's life: the next line is whole."""
     split = lines.split(b"\n")
-    with suppress(ValueError):
-        found = json.loads(b"[" + b",".join(split) + b"]")  # in one call it takes half the time
-        if len(found) == len(split):
-            return found
+    in_one = b"[" + b",".join(split) + b"]"  # in one call it takes half the time
+    for read in (orjson.loads, json.loads):  # the first takes a third of the other's time; it knows no NaN
+        with suppress(ValueError, RecursionError):
+            found = read(in_one)
+            if len(found) == len(split):
+                return found
     found = []
     for line in split:
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return found
 

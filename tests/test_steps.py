@@ -1,5 +1,6 @@
 """Growing files: read bit by bit they hold what a full read finds; columns hold the records' numbers."""
 
+import itertools
 import json
 import math
 import os
@@ -84,6 +85,9 @@ CHANGES = st.lists(
 )
 
 
+CLOCK = itertools.count(10**6)
+
+
 def change(run, kind, given_):
     path = run.metrics_path
     whole = b"".join(json.dumps(r).encode() + b"\n" for r in given_) if isinstance(given_, list) else b""
@@ -96,8 +100,9 @@ def change(run, kind, given_):
         os.truncate(path, min(given_, path.stat().st_size))
     elif kind == "replace":
         store.write_atomic(path, whole)
-    elif kind == "rewrite":
-        path.write_bytes(whole)
+    elif kind == "rewrite":  # a line that is written later bears a later time
+        later = [{name: r[name] for name in r if name != "time"} | {"time": next(CLOCK) / 7} for r in given_]
+        path.write_bytes(b"".join(json.dumps(r).encode() + b"\n" for r in later))
     elif kind == "remove":
         path.unlink(missing_ok=True)
 
@@ -148,6 +153,28 @@ def test_a_torn_line_in_the_middle_is_left_out(tmp_path, content, expected):
     path = tmp_path / "events.jsonl"
     path.write_text(content)
     assert Tail(path, Lines).read() == [{"a": value} for value in expected]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"loss": NaN}',
+        '{"loss": -Infinity}',
+        '{"name": "\\ud800"}',
+        '{"a": 1, "a": 2}',
+    ],
+)
+def test_what_the_fast_reader_does_not_know_is_read_all_the_same(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"loss": 0.1}\n' + line + '\n{"loss": 0.30000000000000004}\n')
+    expected = [{"loss": 0.1}, json.loads(line), {"loss": 0.30000000000000004}]
+    assert repr(jsonl.read_jsonl(path)) == repr(expected)
+
+
+def test_a_line_nested_without_end_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"loss": 0.1}\n' + "[" * 200_000 + '\n{"loss": 0.2}\n')
+    assert jsonl.read_jsonl(path) == [{"loss": 0.1}, {"loss": 0.2}]
 
 
 def test_damage_is_told_each_time_and_is_over_when_the_file_is_mended(tmp_path):
