@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/soak.py load                              about eight minutes
     .venv/bin/python benchmarks/soak.py load --sessions 3 --seconds 20    a try
-    .venv/bin/python benchmarks/soak.py soak                              a hundred jobs
+    .venv/bin/python benchmarks/soak.py soak                              a hundred jobs of a tiny model
     .venv/bin/python benchmarks/soak.py soak --jobs 5 --warm 2            a try
 
 load   websocket sessions watch one training job in the Monitor: errors, the time an update takes, and the rate of
@@ -51,6 +51,7 @@ def beside(name: str) -> ModuleType:
 
 
 bench = beside("app")
+tiny = beside("scale_ray")
 
 import browser  # noqa: E402
 
@@ -360,8 +361,13 @@ def tell_held(number: int, held: Held) -> None:
     print(f"after {number} jobs: {held.threads} threads, {held.files} files, {held.memory:.1f} MB", flush=True)
 
 
-def soak(jobs: int, warm: int) -> None:
-    recipe = recipes.resolve(preset_name="smoke", assignments=SHORT)
+def soak(jobs: int, warm: int, bundled: bool) -> None:
+    if bundled:
+        recipe = recipes.resolve(preset_name="smoke", assignments=SHORT)
+    else:
+        source = bench.folder()
+        tiny.furnish(source)
+        recipe = tiny.short(source)
     start, end = measure_soak(recipe, jobs, warm, tell_held)
     for name, percent in end.growth(start).items():
         more = f"{vars(start)[name]:g} to {vars(end)[name]:g}"
@@ -377,11 +383,12 @@ def main() -> None:
     of_soak = parts.add_parser("soak")
     of_soak.add_argument("--jobs", type=int, default=100)
     of_soak.add_argument("--warm", type=int, default=10, help="jobs before the start is taken")
+    of_soak.add_argument("--bundled", action="store_true", help="jobs of the bundled model: half a minute each")
     given = parser.parse_args()
     if given.part == "load":
         load(given.sessions, given.seconds)
     else:
-        soak(given.jobs, given.warm)
+        soak(given.jobs, given.warm, given.bundled)
 
 
 if __name__ == "__main__":
