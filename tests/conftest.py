@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = set(slow) - set(slow[day % TURNS :: TURNS] if turn.isdecimal() else [])
     cases = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("in_turn") and item not in left_out:
+        if item.get_closest_marker("in_turn") and item not in slow:  # a turn within turns would leave some out for ever
             cases[item.nodeid.partition("[")[0]].append(item)
     for of_one in cases.values():
         every = min(len(of_one), of_one[0].get_closest_marker("in_turn").args[0])
@@ -51,9 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
 
 
-# A slow machine is no failure. The same tests of the same code find the same, but for the nightly run, which goes on
-# looking elsewhere.
-settings.register_profile("shared machines", deadline=None, derandomize=os.environ.get("PRUNEDM_SLOW") != "all")
+settings.register_profile("shared machines", deadline=None)  # a slow machine is no failure
 settings.load_profile("shared machines")
 
 
@@ -79,8 +77,6 @@ def cache_folder(tmp_path_factory) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def imported_for_good() -> Iterator[None]:
     """What is imported is not looked at again by each collection of garbage, which takes 0.3 s with it."""
-    from prunedm import pipeline  # noqa: F401
-
     gc.collect()
     gc.freeze()
     yield

@@ -172,7 +172,6 @@ def hurt(path: Path, damage: str, outside: Path) -> None:
         path.write_bytes({"torn": content[: len(content) // 2], "empty": b"", "random": noise}[damage])
 
 
-@pytest.mark.in_turn(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("pattern", FILES)
