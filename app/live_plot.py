@@ -100,6 +100,7 @@ PREPARE = (
 // A first chart, out of sight, has the browser compile what every chart needs.
 const rehearse = async () => {
   const Plotly = await ready();
+  if (document.querySelector(".js-plotly-plot")) return;
   const node = document.createElement("div");
   node.setAttribute("aria-hidden", "true");
   node.style.cssText = "position: fixed; left: -9999px; visibility: hidden";
@@ -109,7 +110,7 @@ const rehearse = async () => {
   node.remove();
 };
 export default function () {
-  window.prunedmRehearsed ??= (window.requestIdleCallback ?? setTimeout)(rehearse) || true;
+  window.prunedmRehearsed ??= (window.requestIdleCallback ?? setTimeout)(rehearse);
 }
 """
 )

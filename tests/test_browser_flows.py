@@ -214,7 +214,7 @@ def test_a_custom_run_is_typed_mended_and_started(page, url, place, at_rest, mod
         "eval": {"images": 8, "steps": 2},
     }
     assert run.recipe() == recipes.build(recipes.merge(recipes.preset("balanced"), changes))
-    page.get_by_text(re.compile(r"of 6 stages done")).first.wait_for()
+    expect(page.get_by_text(re.compile(r"of 6 stages done"))).to_have_count(1)
 
 
 # --- while it trains ---------------------------------------------------------------------------------
@@ -412,7 +412,8 @@ def test_a_sweep_of_three_trials_to_its_front_and_into_compare(page, url, place,
     page.get_by_role("button", name="Start the sweep").click()
     # Once the sweep has ended, a line or a chart stands for a moment beside the one that it replaces.
     expect(page.get_by_text("3 of 3 trials: 3 complete")).to_have_count(1)
-    chart = page.locator("[aria-label*='of 3 trials; on the front']").first
+    chart = page.locator("[aria-label*='of 3 trials; on the front']")
+    expect(chart).to_have_count(1)
     chart.locator(".scatterlayer .point").nth(2).wait_for(state="attached")
     study = sweep.load("three", place)
     targets = [row["params"]["prune.target"] for row in sweep.trials(study)]
@@ -421,7 +422,9 @@ def test_a_sweep_of_three_trials_to_its_front_and_into_compare(page, url, place,
     numbers = ", ".join(map(str, sweep.front(study)))
     # The line above the charts is ahead of them by a moment.
     expect(chart).to_have_attribute("aria-label", re.compile(f"on the front: {numbers}$"))
-    page.get_by_role("link", name=re.compile("^Compare the front")).first.click()
+    compare = page.get_by_role("link", name=re.compile("^Compare the front"))
+    expect(compare).to_have_count(1)
+    compare.click()
     page.wait_for_url(re.compile("/compare"))
     holds(page, "Models", [f"{run} · structured" for run in front])
     expect(page.get_by_role("region", name="Same-seed grid").locator("img")).to_have_count(8 * len(front))
