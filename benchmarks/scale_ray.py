@@ -18,26 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from diffusers import DDPMScheduler, UNet2DModel  # noqa: E402
-from PIL import Image  # noqa: E402
+import tiny_run  # noqa: E402
 
-from prunedm import cluster, jobs, store, unet  # noqa: E402
-from prunedm import recipe as recipes  # noqa: E402
-from prunedm.recipe import Recipe  # noqa: E402
+from prunedm import cluster, jobs, store  # noqa: E402
 
-TINY = {  # a UNet of about 60 k parameters
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 4,
-    "block_out_channels": (16, 32), "attention_head_dim": 8,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}  # fmt: skip
-SHORT = {  # a run of a few seconds
-    "device": "cpu",
-    "prune": {"target": 0.3, "finetune_steps": 1},
-    "mask": {"steps": 1, "recover_steps": 1},
-    "eval": {"images": 8, "steps": 2, "noise_floor": False},
-}
 ENDLESS = {"prune": {"finetune_steps": 10**6}}
 POLL = 0.01  # seconds between two looks at a run
 
@@ -49,25 +33,9 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 # --- ray -----------------------------------------------------------------------------------------
-def short(runs_dir: Path, **changes: Any) -> Recipe:
-    """A recipe for the model and the images of :func:`furnish`."""
-    own = {"model": {"source": str(runs_dir / "tiny")}, "data": {"source": str(runs_dir / "images"), "batch_size": 8}}
-    return recipes.build(recipes.merge(recipes.merge(SHORT, own), changes))
-
-
-def furnish(runs_dir: Path) -> None:
-    """A tiny model and some images of noise, beside the runs."""
-    torch.manual_seed(0)
-    unet.save(UNet2DModel(**TINY).eval(), DDPMScheduler(), runs_dir / "tiny", {"variant": "dense"})
-    (runs_dir / "images").mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(runs_dir / "images" / f"{i:02}.png")
-
-
 def one_run(runs_dir: Path, execute: jobs.Execute) -> None:
     """From a recipe to the end of its run."""
-    run = jobs.made(short(runs_dir), runs_dir)
+    run = jobs.made(tiny_run.recipe(runs_dir), runs_dir)
     status = execute(run, lambda step: None, lambda: False)
     if status != "done":
         sys.exit(f"run {run.id} is {status}: {run.state().error}")
@@ -91,10 +59,10 @@ def overhead(executor: cluster.RayExecutor, count: int) -> None:
 def queue(executor: cluster.RayExecutor, count: int) -> None:
     """How quickly many waiting runs are submitted, listed and cancelled."""
     cpus = int(max(one["cpus"] for one in executor.machines()))
-    blocker = executor.submit(short(executor.runs_dir, **ENDLESS, resources={"cpus": cpus}))
+    blocker = executor.submit(tiny_run.recipe(executor.runs_dir, **ENDLESS, resources={"cpus": cpus}))
     while blocker.state().status == "queued":
         time.sleep(POLL)
-    recipe = short(executor.runs_dir, resources={"cpus": cpus})
+    recipe = tiny_run.recipe(executor.runs_dir, resources={"cpus": cpus})
     submitted = [seconds(lambda: executor.submit(recipe)) for _ in range(count)]
 
     def listing() -> None:
@@ -126,7 +94,7 @@ def ray(arguments: argparse.Namespace) -> None:
     """The subcommand."""
     jobs.load_engine()
     with tempfile.TemporaryDirectory() as folder:
-        furnish(Path(folder))
+        tiny_run.furnish(Path(folder))
         up = time.perf_counter()
         executor = cluster.RayExecutor(Path(folder))
         print(f"the cluster was up after {time.perf_counter() - up:.1f} s")

@@ -51,7 +51,7 @@ def beside(name: str) -> ModuleType:
 
 
 bench = beside("app")
-tiny = beside("scale_ray")
+tiny_run = beside("tiny_run")
 
 import browser  # noqa: E402
 
@@ -366,8 +366,8 @@ def soak(jobs: int, warm: int, bundled: bool) -> None:
         recipe = recipes.resolve(preset_name="smoke", assignments=SHORT)
     else:
         source = bench.folder()
-        tiny.furnish(source)
-        recipe = tiny.short(source)
+        tiny_run.furnish(source)
+        recipe = tiny_run.recipe(source)
     start, end = measure_soak(recipe, jobs, warm, tell_held)
     for name, percent in end.growth(start).items():
         more = f"{vars(start)[name]:g} to {vars(end)[name]:g}"
