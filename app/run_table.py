@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -17,6 +16,7 @@ import streamlit as st
 from app import lab, parts
 from prunedm import comparison, shelf
 from prunedm.comparison import Judged
+from prunedm.jsonl import parsed
 from prunedm.records import VARIANT_LABELS, VARIANTS
 from prunedm.shelf import Lineage, Link, Notes
 from prunedm.store import Run
@@ -126,8 +126,8 @@ def _line_at(file: Any, offset: int) -> bytes:
 
 def _loss_of(line: bytes) -> float | None:
     try:
-        loss = json.loads(line)["loss"]
-    except (ValueError, KeyError, TypeError):
+        loss = parsed(line)[0]["loss"]
+    except (IndexError, KeyError, TypeError):
         return None
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 

@@ -18,7 +18,7 @@ BLOCK, LAST = 2**20, 4096  # bytes of a growing file read at once, and remembere
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All whole lines; a torn last line, or none at all, is no error."""
-    return _parsed(path.read_bytes().rpartition(b"\n")[0]) if path.exists() else []
+    return parsed(path.read_bytes().rpartition(b"\n")[0]) if path.exists() else []
 
 
 def last_records(path: Path, most: int, size: int) -> list[dict[str, Any]]:
@@ -31,10 +31,10 @@ def last_records(path: Path, most: int, size: int) -> list[dict[str, Any]]:
         content = file.read(size)
     if start:
         content = content.partition(b"\n")[2]
-    return _parsed(content.rpartition(b"\n")[0])[-most:]
+    return parsed(content.rpartition(b"\n")[0])[-most:]
 
 
-def _parsed(lines: bytes) -> list[Any]:
+def parsed(lines: bytes) -> list[Any]:
     """JSON lines, without those that a crash tore in the middle of the file's life: the next line is whole."""
     split = lines.split(b"\n")
     in_one = b"[" + b",".join(split) + b"]"  # in one call it takes half the time
@@ -113,6 +113,6 @@ class Tail(Generic[Whole]):
         while block := file.read(BLOCK):
             lines, newline, rest = (rest + block).rpartition(b"\n")
             if newline:
-                self._grows.add([record for record in _parsed(lines) if isinstance(record, dict)])
+                self._grows.add([record for record in parsed(lines) if isinstance(record, dict)])
                 self._offset += len(lines) + 1
                 self._last = (self._last + lines + newline)[-LAST:]

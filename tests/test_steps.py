@@ -117,8 +117,8 @@ def test_a_followed_file_holds_what_a_full_read_finds(tmp_path_factory, changes,
 
 
 def test_only_what_is_new_is_parsed(tmp_path, monkeypatch):
-    run, parsed, parse = store.Run(tmp_path), [], jsonl._parsed
-    monkeypatch.setattr(jsonl, "_parsed", lambda lines: parsed.append(len(lines) + 1) or parse(lines))
+    run, parsed, parse = store.Run(tmp_path), [], jsonl.parsed
+    monkeypatch.setattr(jsonl, "parsed", lambda lines: parsed.append(len(lines) + 1) or parse(lines))
     tail = Tail(run.metrics_path, Columns)
     for step in range(50):
         run.append("metrics.jsonl", [{"stage": "mask", "step": step}])
