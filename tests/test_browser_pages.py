@@ -298,7 +298,7 @@ def of_the_day() -> list[tuple[str, dict[str, int]]]:
     """Themes and sizes: at 1280 px the light theme and at 390 px the dark one, on odd days the other way round, and in
     the nightly run all four."""
     turn = os.environ["PRUNEDM_SLOW"]
-    even, odd = [("light", WIDE), ("dark", NARROW)], [("light", NARROW), ("dark", WIDE)]
+    even, odd = [("light", WIDE), ("dark", NARROW)], [("dark", WIDE), ("light", NARROW)]  # a first view ends narrow
     if turn == "all":
         return even + odd
     return odd if turn.isdecimal() and int(turn) % 2 else even
