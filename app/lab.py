@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from prunedm.steps import Columns, Steps
 from prunedm.store import EVENTS, Run
 
 ROOT = Path(__file__).resolve().parent.parent
-READ_AHEAD = 1.0  # seconds after a server's first page
 
 
 def page(name: str) -> Path:
@@ -37,10 +35,7 @@ def runs_dir() -> Path:
 @st.cache_resource(show_spinner=False)
 def _jobs(folder: Path) -> Chosen:
     made = Chosen(folder, Choice.read(folder, os.environ))
-    made.warm_up()
-    reader = threading.Timer(READ_AHEAD, cards)  # the first list of many runs need not wait for their recipes
-    reader.daemon = True
-    reader.start()
+    made.warm_up(cards)  # the first list of many runs need not wait for their recipes
     return made
 
 

@@ -6,7 +6,7 @@ It holds for what is queued from then on: runs that the other executor has stay 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -96,8 +96,8 @@ class Chosen:
         """CPUs and GPUs of each machine of the cluster; empty without one."""
         return [] if self._ray is None else self._ray.machines()
 
-    def warm_up(self) -> None:
-        self.local.warm_up()
+    def warm_up(self, *first: Callable[[], object]) -> None:
+        self.local.warm_up(*first)
 
     # --- as an Executor --------------------------------------------------------------------------
     def submit(self, recipe: Recipe) -> Run:

@@ -33,7 +33,7 @@ OnStep = Callable[[Step], None]
 SWITCH_INTERVAL = 0.0005  # seconds
 RETRY = 10.0  # seconds between tries to write an ending that a full disk refused
 _ENGINE = threading.Lock()
-WARM_UP_DELAY = 2.0  # seconds: the first page comes first, then torch is imported
+WARM_UP_DELAY = 2.0  # seconds: the first page comes first
 
 
 def load_engine() -> None:
@@ -127,9 +127,14 @@ class Jobs(Line):
         for number in range(workers):
             threading.Thread(target=self._work, name=f"prunedm-job-{number}", daemon=True).start()
 
-    def warm_up(self) -> None:
-        """Import the heavy modules in the background, so that the first job starts at once."""
-        timer = threading.Timer(WARM_UP_DELAY, load_engine)
+    def warm_up(self, *first: Callable[[], object]) -> None:
+        """Call these in the background, then import the heavy modules, so that the first job starts at once."""
+
+        def work() -> None:
+            for call in (*first, load_engine):
+                call()
+
+        timer = threading.Timer(WARM_UP_DELAY, work)
         timer.daemon = True
         timer.start()
 

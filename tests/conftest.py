@@ -103,7 +103,7 @@ def runs(tmp_path, monkeypatch):
 
     monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
     monkeypatch.setattr(pace, "_watchers", {})
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
+    monkeypatch.setattr(Jobs, "warm_up", lambda self, *first: None)
     yield tmp_path
     lab._jobs.clear()
 

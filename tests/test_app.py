@@ -15,6 +15,7 @@ from streamlit.testing.v1 import AppTest
 from app import lab, mask_views, pace
 from prunedm import learn, pictures, pipeline, seed_sheets, snapshots, store
 from prunedm import recipe as recipes
+from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,15 @@ def open_page(page, **query):
 def test_each_page_opens_with_no_run_at_all(runs, page):
     app = open_page(page)
     assert app.title[0].value and not app.error
+
+
+def test_a_fresh_server_has_read_the_recipes_of_its_runs_before_a_list_asks(runs, monkeypatch):
+    fake(runs, "ahead")
+    monkeypatch.setattr(Jobs, "warm_up", lambda self, *first: [call() for call in first])
+    lab.jobs()
+    monkeypatch.setattr(store.Run, "recipe", lambda self: pytest.fail("the recipe is read again"))
+    (card,) = lab.cards()
+    assert card.recipe is not None
 
 
 def test_compare_is_never_empty(runs):

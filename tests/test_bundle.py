@@ -173,7 +173,7 @@ def test_bad_words_are_one_line_and_leave_no_file(runs_dir, tmp_path, monkeypatc
 
 def test_the_system_page_offers_it(runs_dir, monkeypatch):
     monkeypatch.setenv("PRUNEDM_RUNS", str(runs_dir))
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
+    monkeypatch.setattr(Jobs, "warm_up", lambda self, *first: None)
     app = open_page("system")
     (button,) = [b for b in app.get("download_button") if "bundle" in b.proto.label]
     assert button.proto.deferred_file_id, "it is made when it is asked for"

@@ -95,7 +95,7 @@ def runs(tmp_path, monkeypatch):
         connection.execute("PRAGMA synchronous=OFF")
 
     monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
+    monkeypatch.setattr(Jobs, "warm_up", lambda self, *first: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     event.listen(Engine, "connect", unsafe)
     clear()

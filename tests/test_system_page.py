@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(Jobs, "warm_up", lambda self: None)
+    monkeypatch.setattr(Jobs, "warm_up", lambda self, *first: None)
     yield tmp_path / "runs"
     lab._jobs.clear()
     system_views.look_again()
