@@ -160,13 +160,14 @@ def _start(drawn: Drawn, wanted: list[tuple[str, int]], settings: Eval, found: K
 
 # --- the grid ----------------------------------------------------------------------------------------
 def choose_seeds(places: list[int]) -> list[int]:
-    key = "compare_seeds"
-    wanted = [int(text) for text in st.query_params.get("seeds", "").split(",") if text.isdigit()]
-    if key not in st.session_state:
-        st.session_state[key] = wanted or places[:FIRST_SEEDS]
-    st.session_state[key] = [seed for seed in st.session_state[key] if seed in places]
+    """The rows of the grid, in step with ``?seeds=``."""
+    key, asked = "compare_seeds", "compare_seeds.asked"
+    parts.follow_url("seeds", asked, list(map(str, places)), several=True, what="seed")
+    if wanted := st.session_state.pop(asked, None):
+        st.session_state[key] = list(map(int, wanted))
+    st.session_state[key] = [seed for seed in st.session_state.get(key, places[:FIRST_SEEDS]) if seed in places]
     seeds = st.multiselect("Seeds", places, key=key) or places[:1]
-    st.query_params["seeds"] = ",".join(map(str, seeds))
+    parts.write_url("seeds", asked, ",".join(map(str, seeds)))
     return seeds
 
 
@@ -222,7 +223,7 @@ def one_of(label: str, parameter: str, options: list, first, words):
     """A choice that the address names where it is not the first one offered."""
     key, by_name = f"compare_{parameter}", {str(option): option for option in options}
     if parameter in st.query_params:
-        parts.follow_url(parameter, f"{key}.wanted", list(by_name))
+        parts.follow_url(parameter, f"{key}.wanted", list(by_name), what="seed" if parameter == "seed" else "model")
         if (wanted := st.session_state.pop(f"{key}.wanted", None)) is not None:
             st.session_state[key] = by_name[wanted]
     if st.session_state.get(key) not in options:

@@ -171,7 +171,7 @@ def _pareto_plot(plot: comparison.Plot, keys: list[str], found: dict[str, Judged
 def to_run(key: str) -> None:
     """A link to the run that a model is of."""
     run = key.partition("/")[0]
-    st.page_link(lab.page("monitor"), label=f"Open {name(key)} in Monitor", query_params={"run": run})
+    st.page_link(lab.page("monitor"), label=f"Open {parts.plain(name(key))} in Monitor", query_params={"run": run})
 
 
 def latency(keys: list[str], found: dict[str, Judged]) -> None:

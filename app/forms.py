@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from app import parts
+from app import lab, parts
 from prunedm import recipe as recipes
 from prunedm.recipe import Recipe, RecipeError
 from prunedm.stage_recipes import Section
@@ -89,6 +89,12 @@ def fill(recipe: Recipe, changes: dict[str, Any] | None = None) -> None:
     """Put a recipe's values into the widgets (before they are drawn), some of them changed."""
     for path, value in (recipes.flatten(recipe.model_dump()) | (changes or {})).items():
         st.session_state[key(path)] = _as_text(value) if _is_text(path) else value
+
+
+def to_launch(recipe: Recipe, changes: dict[str, Any] | None = None) -> None:
+    """Leave for the Launch form with this recipe in it; nothing starts yet."""
+    fill(recipe, changes)
+    st.switch_page(lab.page("launch"))
 
 
 def _is_text(path: str) -> bool:

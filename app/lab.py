@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,14 @@ def _jobs(folder: Path) -> Chosen:
 def jobs() -> Chosen:
     """The executor of this server's runs, shared by all tabs."""
     return _jobs(runs_dir())
+
+
+def position(run_id: str) -> int | None:
+    """A run's place in the queue, 1 for the next; None when it does not wait in this server, or nothing can: that the
+    folder takes no runs is said by the pages that queue them."""
+    with suppress(ValueError, OSError):
+        return jobs().position(run_id)
+    return None
 
 
 @dataclass

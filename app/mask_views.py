@@ -16,7 +16,7 @@ from prunedm.layer_order import flow, in_order
 from prunedm.stage_recipes import Pattern, parse_pattern
 from prunedm.store import MASK_LAYERS, Run, stage_step
 
-MOST_FRAMES = 60  # of a layer; a run has some twenty unless its recipe asks for more
+MOST_FRAMES = 60  # snapshots that are drawn; a run has some twenty unless its recipe asks for more
 FIGURES = {
     "flips": "groups that differ from the initial mask",
     "moved": "groups that changed since the last snapshot",
@@ -37,7 +37,7 @@ def evolution(run: Run, every: float | None) -> None:
         return
     names = [layers[i]["layer"] for i in order]
     chosen = st.selectbox("Layer", names, key="mask_layer", persist_state="session")
-    one_layer(run, layers[order[names.index(chosen)]], spread(paths))
+    one_layer(run, layers[order[names.index(chosen)]], charts.spread(paths, MOST_FRAMES))
     st.subheader("All layers")
     all_layers(run, names, order, lab.lines(run, MASK_LAYERS))
     st.subheader("How the masks settle")
@@ -52,7 +52,8 @@ def all_layers(run: Run, names: list[str], order: list[int], records: list[dict[
     key = st.selectbox(
         "Figure of each layer", there, format_func=FIGURES.get, key="mask_figure", persist_state="session"
     )
-    shown = [record for record in records if key in record]
+    recorded = [record for record in records if key in record]
+    shown = charts.spread(recorded, MOST_FRAMES)
     steps = [record["step"] for record in shown]
     values = np.array([record[key] for record in shown])[:, order]
     share = key in ("flips", "moved", "compliance", "top_probability")
@@ -61,6 +62,8 @@ def all_layers(run: Run, names: list[str], order: list[int], records: list[dict[
         "mask-evolution",
         f"{FIGURES[key]}, by layer, at {len(steps)} snapshots; mean at the last one {values[-1].mean():.3g}",
     )
+    if len(shown) < len(recorded):
+        st.caption(f"{len(shown)} of {len(recorded)} snapshots, evenly spread.")
     with st.expander("As a table"):
         st.dataframe({"layer": names, **{f"step {s}": values[i] for i, s in enumerate(steps)}}, hide_index=True)
 
@@ -79,13 +82,6 @@ def one_layer(run: Run, layer: dict[str, Any], paths: list[Path]) -> None:
         st.dataframe(frames.kept[place].round(3))
         st.caption("Share changed since the initial mask")
         st.dataframe(frames.changed[place].round(3))
-
-
-def spread(paths: list[Path]) -> list[Path]:
-    """At most so many snapshots, evenly spread, the first and the last among them."""
-    if len(paths) <= MOST_FRAMES:
-        return paths
-    return [paths[i] for i in np.linspace(0, len(paths) - 1, MOST_FRAMES).round().astype(int)]
 
 
 def kept(path: Path, layer: dict[str, Any]) -> np.ndarray:

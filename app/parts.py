@@ -137,8 +137,8 @@ def log(run) -> None:
         st.caption("The log is empty so far.")
 
 
-def follow_url(parameter: str, key: str, options: list[str], several: bool = False) -> None:
-    """Before a picker is drawn: take over what the address asks for, when it is new.
+def follow_url(parameter: str, key: str, options: list[str], several: bool = False, what: str = "run") -> None:
+    """Before a picker is drawn: take over what the address asks for, when it is new. ``what``: its options in a word.
 
     A picker that read its default from the parameter that it also writes would undo every second choice.
     """
@@ -149,7 +149,7 @@ def follow_url(parameter: str, key: str, options: list[str], several: bool = Fal
     known = [i for i in ids if i in options]
     missing = [i for i in ids if i not in options]
     if missing:
-        st.warning(f"There is no run {plain(', '.join(missing))} here: it may have been deleted.")
+        st.warning(f"There is no {what} {plain(', '.join(missing)[:200])} here: what the address names may be gone.")
     if known:
         st.session_state[key] = known if several else known[0]
 

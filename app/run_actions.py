@@ -31,8 +31,7 @@ def actions(rows: list[Row]) -> None:
             if st.button("Open in Monitor"):
                 st.switch_page(lab.page("monitor"), query_params={"run": rows[0].id})
             if st.button("Duplicate into Launch", help="fills the Launch form with this run's recipe"):
-                forms.fill(rows[0].card.recipe)
-                st.switch_page(lab.page("launch"))
+                forms.to_launch(rows[0].card.recipe)
         put_away(rows)
         delete(rows)
         if st.button("Untick", type="tertiary"):

@@ -14,7 +14,7 @@ import pandas as pd
 import streamlit as st
 
 from app import lab, parts
-from prunedm import comparison, shelf
+from prunedm import charts, comparison, shelf
 from prunedm.comparison import Judged
 from prunedm.jsonl import parsed
 from prunedm.records import VARIANT_LABELS, VARIANTS
@@ -103,17 +103,10 @@ def loss_curve(path: Path) -> list[float]:
         size = os.fstat(file.fileno()).st_size
         if size <= WHOLE:
             lines = file.read().split(b"\n")[:-1]
-            chosen = _spread(lines)
+            chosen = charts.spread(lines, POINTS)
         else:
             chosen = [_line_at(file, int(i * (size - CHUNK) / (POINTS - 1))) for i in range(POINTS)]
     return [loss for loss in map(_loss_of, chosen) if loss is not None]
-
-
-def _spread(lines: list[bytes]) -> list[bytes]:
-    """The first, the last, and as many between as there is room for."""
-    if len(lines) <= POINTS:
-        return lines
-    return [lines[round(i * (len(lines) - 1) / (POINTS - 1))] for i in range(POINTS)]
 
 
 def _line_at(file: Any, offset: int) -> bytes:
@@ -199,11 +192,13 @@ def _figures(last: Judged) -> dict[str, Any]:
 
 
 def state_words(one: Row) -> str:
-    """State as icon and word, with how far the stage at hand is."""
+    """State as icon and word, with how far the stage at hand is, or the place in the queue."""
     state = one.card.state
     text = f"{parts.STATES.get(one.card.status, ('•',))[0]} {one.card.status}"
     if one.card.status in ("running", "paused", "stopping") and state and state.of:
         text += f" {min(1, state.step / state.of):.0%}"
+    if one.card.status == "queued" and (place := lab.position(one.id)) is not None:
+        text += f", number {place}"
     return text + (", archived" if one.notes.archived else "") + (", bad notes" if one.notes_problem else "")
 
 

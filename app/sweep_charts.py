@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 from app.sweeps import Seen
 from prunedm import charts
-from prunedm.charts import GREY, Figure
+from prunedm.charts import GREY, LARGEST_TRACE, Figure
 from prunedm.sweep_ranges import Range
 from prunedm.sweep_trials import short
 
@@ -51,10 +52,12 @@ def told(row: dict[str, Any]) -> str:
 def pareto(seen: Seen, names: list[str]) -> Figure:
     """Cost across, quality up, both better when small; full circles are on the front, which a line joins."""
     quality, cost = names
+    on_front = set(seen.front)
     rows = sorted(seen.complete(), key=lambda row: (row["objectives"][cost], row["objectives"][quality]))
-    kept = [row for row in rows if row["number"] in seen.front]
+    kept = charts.spread([row for row in rows if row["number"] in on_front], LARGEST_TRACE)
+    beaten = charts.spread([row for row in rows if row["number"] not in on_front], LARGEST_TRACE)
     groups = (
-        ("beaten by another", [r for r in rows if r not in kept], "markers", {"color": GREY, "symbol": "circle-open"}),
+        ("beaten by another", beaten, "markers", {"color": GREY, "symbol": "circle-open"}),
         ("on the front", kept, "lines+markers+text", {"color": BLUE, "symbol": "circle"}),
     )
     traces = [
@@ -83,9 +86,10 @@ def pareto(seen: Seen, names: list[str]) -> Figure:
 
 def best_so_far(seen: Seen, name: str) -> Figure:
     """One objective over the trials, and the smallest of those up to each."""
-    rows = seen.complete()
+    every = seen.complete()
+    lowest = list(itertools.accumulate((row["objectives"][name] for row in every), min))
+    rows, lowest = charts.spread(every, LARGEST_TRACE), charts.spread(lowest, LARGEST_TRACE)
     numbers, values = [row["number"] for row in rows], [row["objectives"][name] for row in rows]
-    lowest = [min(values[: i + 1]) for i in range(len(values))]
     points = {"type": "scatter", "mode": "markers", "name": "trial", "x": numbers, "y": values}
     points |= {"marker": {"color": GREY, "symbol": "circle-open", "size": 9, "line": {"width": 2}}}
     points |= {"customdata": [told(row) for row in rows], "hovertemplate": "%{customdata}<br>%{y:.5g}<extra></extra>"}
@@ -96,7 +100,8 @@ def best_so_far(seen: Seen, name: str) -> Figure:
 
 def parallel(seen: Seen) -> Figure:
     """A line a trial across its values and its objectives; coloured by the first objective."""
-    rows, names = seen.complete(), list(seen.spec.objectives.figures)
+    names = list(seen.spec.objectives.figures)
+    rows = charts.spread(sorted(seen.complete(), key=lambda row: row["objectives"][names[0]]), LARGEST_TRACE)
     heads = _heads(list(seen.spec.ranges))
     axes = [
         {"label": charts.plain(heads[key])} | _axis([row["params"].get(key, UNREAD) for row in rows], wanted)

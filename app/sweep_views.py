@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from urllib.parse import quote
 
 import streamlit as st
 
@@ -25,6 +26,7 @@ STATES = {  # of trials: icon; the word always stands beside it
 }
 MOST_COMPARED = 8  # what Compare shows at once
 EVERY = 2.0  # seconds
+CHART = "chart"
 
 
 # --- the state and what can be done ----------------------------------------------------------------
@@ -118,16 +120,20 @@ def go_on(spec: Sweep, trials: int | None) -> None:
 
 # --- sections --------------------------------------------------------------------------------------
 def tabs(seen: Seen) -> None:
-    """The charts, and the settings to take along."""
+    """The charts, and the settings to take along; the open one is named in the address."""
     two = len(seen.spec.objectives.figures) > 1
     names = ["Pareto front" if two else "Best so far", "Parallel coordinates", "Importances", "Settings"]
     draw: list[Callable[[Seen], None]] = [front if two else best, across, importances, lambda one: settings(one.spec)]
-    for tab, section in zip(st.tabs(names), draw):
-        with tab, parts.said():
-            if section in (front, best, across) and not seen.complete():
-                st.caption("Nothing to draw until a trial is complete.")
-            else:
-                section(seen)
+    if st.session_state.get(CHART, names[0]) not in names:
+        st.session_state[CHART] = names[0]  # the one before had other objectives
+    for tab, section in zip(st.tabs(names, key=CHART, bind="query-params"), draw):
+        if tab.open:
+            with tab, parts.said():
+                if section in (front, best, across) and not seen.complete():
+                    st.caption("Nothing to draw until a trial is complete.")
+                else:
+                    section(seen)
+    parts.show_open_tab()
 
 
 def front(seen: Seen) -> None:
@@ -217,7 +223,7 @@ def trials(seen: Seen) -> None:
         marks["front" if len(names) > 1 else "best"] = "★" if row["number"] in seen.front else ""
         values = {LABELS[name]: row["objectives"][name] for name in names}
         params = {key: short(row["params"][key]) if key in row["params"] else UNREAD for key in seen.spec.ranges}
-        run = {"run": f"/monitor?run={row['run']}" if row["run"] else None}
+        run = {"run": f"monitor?run={quote(row['run'])}" if row["run"] else None}
         seconds = None if row["seconds"] is None else round(row["seconds"], 1)
         table.append(marks | values | params | run | {"seconds": seconds, "cause": row["cause"]})
     if not any(row["cause"] for row in table):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app import lab
-from prunedm import store, sweep, sweep_worker
+from prunedm import charts, store, sweep, sweep_worker
 from prunedm.jobs import Executor, through
 from prunedm.recipe import RecipeError
 from prunedm.records import ACTIVE
@@ -223,10 +223,7 @@ def best(seen: Seen, most: int) -> list[dict[str, Any]]:
     rows = sorted(seen.complete(), key=lambda row: row["objectives"][first])
     if len(seen.spec.objectives.figures) == 1:
         return rows[:most]
-    rows = [row for row in rows if row["number"] in seen.front]
-    if len(rows) <= most:
-        return rows
-    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+    return charts.spread([row for row in rows if row["number"] in seen.front], most)
 
 
 def model_of(run_id: str | None) -> str | None:

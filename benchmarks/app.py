@@ -44,8 +44,10 @@ import fake_runs  # noqa: E402
 from prunedm import recipe as recipes  # noqa: E402
 from prunedm import store  # noqa: E402
 from prunedm.jobs import load_engine  # noqa: E402
+from prunedm.jsonl import Tail  # noqa: E402
 from prunedm.recipe import Recipe  # noqa: E402
 from prunedm.shelf import Notes  # noqa: E402
+from prunedm.steps import Columns, Steps  # noqa: E402
 from prunedm.store import Run  # noqa: E402
 
 PAGES = ("home", "launch", "sweep", "monitor", "runs", "compare", "models", "system")
@@ -54,7 +56,8 @@ TABS, ROUNDS = (0, 1, 5), 10
 SETTLE = 24.0  # seconds until tabs have found their pace
 START, WINDOW, RECORDED = 3.0, 12.0, 1.5  # seconds before a window counts, of it, and until its last step is on disk
 RUNS, STEPS, OPENINGS, FRESH = 200, 100_000, 4, 7  # openings of a page in each of so many fresh servers
-UPDATES, OPEN = 2000, 5  # live parts that were asked for and answered, in so many tabs
+UPDATES, OPEN = 1500, 5  # live parts that were asked for and answered, in so many tabs
+RATES = (0, 5, 100)  # steps a second: none, what training on two cores records, and many times that
 ENDLESS = "prune.finetune_steps=100000"
 CHART = "[aria-label*='Training loss']"
 
@@ -351,18 +354,18 @@ def browser_seconds() -> float:
 
 # --- memory --------------------------------------------------------------------------------------------
 class Growing(threading.Thread):
-    """A live run's folder: a step record every 10 ms, or none at all, and a heartbeat every second."""
+    """A live run's folder: so many step records a second, and a heartbeat every second."""
 
-    def __init__(self, run: Run, grows: bool) -> None:
+    def __init__(self, run: Run, rate: int) -> None:
         super().__init__(daemon=True)
-        self.job, self.grows, self.ending, self.steps = run, grows, threading.Event(), 0
+        self.job, self.rate, self.ending, self.steps = run, rate, threading.Event(), 0
 
     def run(self) -> None:
         state, began, beat = self.job.state(), time.monotonic(), 0.0
         record = next(r for r in reversed(self.job.metrics()) if r["stage"] == "mask")
         while not self.ending.wait(0.01):
             now = time.monotonic()
-            due = int((now - began) * 100) if self.grows else 0
+            due = int((now - began) * self.rate)
             self.job.append("metrics.jsonl", [at_step(record, step) for step in range(self.steps + 1, due + 1)])
             self.steps = max(due, self.steps)
             if now - beat >= 1:
@@ -371,25 +374,27 @@ class Growing(threading.Thread):
 
 
 def memory() -> None:
-    """The server's resident set while tabs follow a live run: one that grows, and one that only lives."""
-    for grows in (False, True):
-        found = followed(grows)
-        updates, sizes = zip(*found[len(found) // 10 :])
-        slope = statistics.linear_regression(updates, sizes).slope
+    """The server's resident set while tabs follow a live run that records so many steps a second."""
+    for rate in RATES:
+        found = followed(rate)
+        updates, sizes, columns = zip(*found[len(found) // 10 :])
         many = max(1, len(sizes) // 10)
-        total = statistics.median(sizes[-many:]) - statistics.median(sizes[:many])
-        what = "100 new steps a second" if grows else "no new step"
-        more = f"{total / 1024:.1f} MB over {updates[-1] - updates[0]:,} updates, at the end {sizes[-1] / 1024:.0f} MB"
-        tell(f"memory of the server, {what}", slope, "kB an update", 5, more=more)
+        grown, kept = (statistics.median(one[-many:]) - statistics.median(one[:many]) for one in (sizes, columns))
+        over = statistics.median(updates[-many:]) - statistics.median(updates[:many])
+        more = (
+            f"{grown / 1024:.1f} MB over {over:,.0f} updates, {kept / 1024:.1f} MB of them the step records; "
+            f"{found[-1][1] / 1024:.0f} MB at the end"
+        )
+        tell(f"memory of the server, {rate} new steps a second", (grown - kept) / over, "kB an update", 5, more=more)
 
 
-def followed(grows: bool) -> list[tuple[int, float]]:
-    """(live parts answered in all tabs, kB of the server) every five seconds."""
+def followed(rate: int) -> list[tuple[int, float, float]]:
+    """(live parts answered in all tabs, kB of the server, kB of the step records in it) every five seconds."""
     runs = folder()
     run = take_small_run(runs)
-    writer = Growing(run, grows)
+    writer = Growing(run, rate)
     writer.start()
-    found: list[tuple[int, float]] = []
+    found: list[tuple[int, float, float]] = []
     with browser.server(runs, runs / "server.log") as url, browser.chromium() as page:
         server, pages = server_process(), [page, *(page.context.new_page() for _ in range(OPEN - 1))]
         answers: list[str] = []
@@ -397,12 +402,19 @@ def followed(grows: bool) -> list[tuple[int, float]]:
         show(pages, OPEN, f"{url}/monitor?run={run.id}")
         page.wait_for_timeout(10_000)  # the engine is loaded in the background
         page.context.on("response", lambda answer: answers.append(answer.url) if "/live/" in answer.url else None)
+        followed_file = Tail(run.metrics_path, Columns)  # as the server keeps it
         while not found or found[-1][0] < UPDATES:
             page.wait_for_timeout(5000)
-            found.append((len(answers), server.memory_info().rss / 1024))
+            found.append((len(answers), server.memory_info().rss / 1024, room(followed_file.read()) / 1024))
     writer.ending.set()
     writer.join()
     return found
+
+
+def room(steps: Steps) -> int:
+    """Bytes of the arrays that the records are kept in, with what is free behind them."""
+    columns = [c for one in steps.stretches for c in (one.steps, one.times, *one.figures.values())]
+    return sum(column.base.nbytes for column in columns)
 
 
 PARTS = {

@@ -24,7 +24,7 @@ def bundled_only() -> None:
 
 def judged(chosen: list[str], known: Known) -> dict[str, Judged]:
     """The figures to show: as recorded, or judged alike in the background."""
-    parts.follow_url("by", "compare_by", list(MODES))
+    parts.follow_url("by", "compare_by", list(MODES), what="way to judge")
     mode = st.segmented_control(
         "Figures", list(MODES), key="compare_by", default="recorded", format_func=lambda m: f"{m} ({MODES[m]})"
     )

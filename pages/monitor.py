@@ -9,6 +9,7 @@ from typing import Any
 import streamlit as st
 
 from app import curve_views, forms, lab, live, mask_views, pace, parts, system_views
+from prunedm.failure import DISK_FULL
 from prunedm.records import RESUMABLE, STAGE_LABELS
 from prunedm.store import SYSTEM, Run, stage_step
 
@@ -93,10 +94,17 @@ def pause_action(card: lab.Card) -> None:
 
 
 def failure(card: lab.Card) -> None:
-    """Cause in plain words, what to do (in one press, where the recipe is at fault), and the log folded."""
+    """Cause in plain words, what to do in one press, and the log folded. Resume stands above, beside the state."""
     st.error(f"**Why it failed:** {parts.plain(card.state.error)}")
-    if card.state.remedy:
-        try_again(card, card.state.remedy, "try again")
+    with st.container(horizontal=True):
+        if card.state.remedy:
+            try_again(card, card.state.remedy, "try again")
+        if card.state.error == DISK_FULL and st.button(
+            "Free some space in Runs", type="primary", help="Delete runs there and empty the trash, then resume."
+        ):
+            st.switch_page(lab.page("runs"))
+        if st.button("Change the recipe in Launch", help="fills the Launch form with this run's recipe"):
+            forms.to_launch(card.recipe)
     with st.expander("Log with the traceback"):
         parts.log(card.run)
 
@@ -112,8 +120,7 @@ def try_again(card: lab.Card, changes: dict[str, Any], key: str) -> None:
     said = ", ".join(f"{field} = {value:g}" for field, value in changes.items())
     help_ = "Fills the Launch form with this run's recipe and that change; nothing starts yet."
     if st.button(f"Try again with {said}", type="primary", help=help_, key=key):
-        forms.fill(card.recipe, changes)
-        st.switch_page(lab.page("launch"))
+        forms.to_launch(card.recipe, changes)
 
 
 def samples(run: Run) -> None:
@@ -151,8 +158,7 @@ def recipe(run: Run) -> None:
     found = run.recipe()
     with st.container(horizontal=True):
         if st.button("Duplicate into Launch", help="fills the Launch form with this run's recipe; nothing starts yet"):
-            forms.fill(found)
-            st.switch_page(lab.page("launch"))
+            forms.to_launch(found)
         st.download_button("Download", found.to_yaml(), f"{run.id}.yaml", "application/yaml", on_click="ignore")
     st.code(found.to_yaml(), language="yaml", wrap_lines=True)
 

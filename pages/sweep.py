@@ -16,11 +16,7 @@ ABOUT = (
 
 def choose(names: list[str]) -> str:
     """The sweep to look at, in step with ``?sweep=``."""
-    wanted = st.query_params.get("sweep", "")
-    if wanted and wanted not in names:
-        st.warning(f"There is no sweep {parts.plain(wanted)} here: it may have been deleted.")
-        del st.query_params["sweep"]
-    parts.follow_url("sweep", PICK, names)
+    parts.follow_url("sweep", PICK, names, what="sweep")
     if st.session_state.get(PICK) not in names:
         st.session_state[PICK] = names[0]
     chosen = st.selectbox("Sweep", names, key=PICK)

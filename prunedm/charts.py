@@ -4,9 +4,9 @@ nothing, where ``go.Figure`` takes some 15 ms each. Colours are safe for colour-
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from .stage_recipes import Pattern
 from .steps import Steps
 
 Figure = dict[str, Any]
+T = TypeVar("T")
 
 COLORS = {"finetune": "#0072B2", "mask": "#D55E00", "recover": "#009E73"}
 VARIANT_COLORS = {"dense": "#56B4E9", "structured": "#E69F00", "nm": "#009E73"}
@@ -97,7 +98,7 @@ def series(steps: Steps, key: str, minutes: list[float] | None) -> Iterator[tupl
 
 def lines(x: np.ndarray, y: np.ndarray, name: str, color: str, smoothing: float) -> list[dict[str, Any]]:
     """One stage's trace: as recorded, or that as a shadow and the smoothed one on top."""
-    keep = slice(None, None, -(-len(x) // LARGEST_TRACE))
+    keep = thinned(len(x))
     line = {"type": "scatter", "x": x[keep].tolist(), "mode": "lines", "name": name}
     if not smoothing or len(x) < 10:
         mode = "lines+markers" if len(x) < 30 else "lines"
@@ -105,6 +106,18 @@ def lines(x: np.ndarray, y: np.ndarray, name: str, color: str, smoothing: float)
     shadow = {"line": {"color": color, "width": 1}, "opacity": 0.3, "showlegend": False, "hoverinfo": "skip"}
     smooth = smoothed(y, smoothing)[keep].tolist()
     return [line | {"y": y[keep].tolist()} | shadow, line | {"y": smooth, "line": {"color": color, "width": 2}}]
+
+
+def thinned(count: int) -> slice:
+    """Every so many-th of so many points, so that a trace has :data:`LARGEST_TRACE` at most."""
+    return slice(None, None, max(1, -(-count // LARGEST_TRACE)))
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of these, two at least, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def running_minutes(times: list[float], starts: list[float]) -> list[float]:
@@ -280,7 +293,7 @@ def tracker_by_bin(steps: Steps, timesteps: int, view: str) -> Figure:
     stretch = next(stretch for stretch in steps.stretches if "tracker.0" in stretch.figures)
     bins = sum(name.startswith("tracker.") for name in stretch.figures)
     there = np.flatnonzero(~np.isnan(stretch.figures["tracker.0"]))
-    keep = there[:: -(-len(there) // LARGEST_TRACE)]
+    keep = there[thinned(len(there))]
     traces = [
         {
             "type": "scatter",

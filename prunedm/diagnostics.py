@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import masks, pattern
+from . import failure, masks, pattern
 from .learn import OffsetMasks
 from .mask_methods import FixedMasks
 from .masked_unet import Bank, MaskedUNet
 
 LOOKED_AT, CHEAP_N = 256, 4  # groups of a layer whose entropy is computed, up to this N
 COLLAPSED = 1e-4  # share of groups that a sample still changes
-MOVERS = {"sr-ste": "raise train.lr", "offset": "raise mask.lr"}  # what moves the masks of these methods
+MOVERS = {"sr-ste": "train.lr"}  # the rate that moves the masks of a method without logits
 EARLY, MOVED_BY = 0.5, 0.25  # shares of the steps
 SPAN, RISEN = 20, 10.0  # steps of a running mean of the loss, and how far above its lowest it is an alarm
 RISING = "rising loss"
@@ -107,32 +107,38 @@ class Watcher:
         ]
         return torch.cat(spaced).to(bank.mask.device)
 
-    def alerts(self, step: int, figures: dict[str, float]) -> Iterator[dict[str, str]]:
-        """Alarms that these figures are a reason for, each once: what, text and remedy."""
-        for what, text, remedy in self._alarms(step, figures):
-            if what not in self.raised:
-                self.raised.add(what)
-                yield {"what": what, "text": text, "remedy": remedy}
+    def alerts(self, step: int, figures: dict[str, float], rates: dict[str, float]) -> Iterator[dict[str, Any]]:
+        """Alarms that these figures are a reason for, each once: what, text, remedy and ``changes``, fields of the
+        recipe to the values to try. ``rates``: the recipe's that move something (:meth:`training.Trainer.rates`).
+        """
+        for alert in self._alarms(step, figures, rates):
+            if alert["what"] not in self.raised:
+                self.raised.add(alert["what"])
+                yield alert
 
-    def _alarms(self, step: int, figures: dict[str, float]) -> Iterator[tuple[str, str, str]]:
+    def _alarms(self, step: int, figures: dict[str, float], rates: dict[str, float]) -> Iterator[dict[str, Any]]:
         window = self.learner.window
         share = (step - window.first) / max(1, window.last - window.first)
         if not self.learner.learns or self.learner.follows(step - 1) or not 0 < share <= 1:
             return
         draws = "sample_flips" in figures and not isinstance(self.learner, OffsetMasks)
         if draws and share < EARLY and figures["sample_flips"] < COLLAPSED:
-            yield (
-                "collapse",
-                f"the masks have nearly stopped varying at {share:.0%} of their steps "
+            yield {
+                "what": "collapse",
+                "text": f"the masks have nearly stopped varying at {share:.0%} of their steps "
                 f"(a sample changes {figures['sample_flips']:.4%} of the groups)",
-                "lower mask.lr or raise mask.flip_budget",
-            )
+                "remedy": "lower mask.lr or raise mask.flip_budget",
+                "changes": failure.slower(self.learner.rates),
+            }
         if share >= MOVED_BY and figures["flips"] == 0:
-            yield (
-                "no movement",
-                f"no group differs from the initial mask after {share:.0%} of the mask steps",
-                f"{MOVERS.get(self.learner.spec.method, 'raise mask.lr or mask.flip_budget')}, or give more mask.steps",
-            )
+            mover = MOVERS.get(self.learner.spec.method, "mask.lr")
+            other = " or mask.flip_budget" if draws else ""
+            yield {
+                "what": "no movement",
+                "text": f"no group differs from the initial mask after {share:.0%} of the mask steps",
+                "remedy": f"raise {mover}{other}, or give more mask.steps",
+                "changes": failure.faster({mover: rates[mover]} if mover in rates else {}),
+            }
 
 
 def _share(per_group: Any) -> float:

@@ -6,11 +6,12 @@ import errno
 from typing import Any
 
 from .recipe import Recipe, flatten
-from .stage_recipes import CALIBRATED
+from .stage_recipes import CALIBRATED, HIGHEST_RATE
 from .untrusted import one_line
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")  # CUDA and MPS; torch's CPU
-SMALLER_STEP = 3  # a rate that diverged is divided by this
+DISK_FULL = "the disk is full; free some space and resume"
+RATE_STEP = 3  # a rate that led too far is divided by this, one that moved nothing multiplied
 
 
 class Diverged(ArithmeticError):
@@ -42,7 +43,7 @@ def plain_words(error: BaseException, field: str | None = None) -> str:
         what = f"halve {field}" if field else "free some memory, or use a device with more, and resume"
         return f"out of memory; {what} ({text[:120] or 'Python could not get any'})"
     if disk_full(error):
-        return "the disk is full; free some space and resume"
+        return DISK_FULL
     known = isinstance(error, ValueError | ArithmeticError | ConnectionError)
     return text if known and text else f"{error.__class__.__name__}: {text or 'no message'}"
 
@@ -55,10 +56,21 @@ def batch_field(recipe: Recipe, stage: str) -> str | None:
     return "data.batch_size" if trains else None
 
 
+def slower(rates: dict[str, float]) -> dict[str, float]:
+    """Rates to try where these led too far, in two digits."""
+    return {field: float(f"{rate / RATE_STEP:.2g}") for field, rate in rates.items()}
+
+
+def faster(rates: dict[str, float]) -> dict[str, float]:
+    """Rates to try where these moved nothing, in two digits; none where a recipe allows no higher one."""
+    higher = {field: float(f"{min(HIGHEST_RATE, rate * RATE_STEP):.2g}") for field, rate in rates.items()}
+    return {field: rate for field, rate in higher.items() if rate > rates[field]}
+
+
 def remedy(error: BaseException, recipe: Recipe, stage: str) -> dict[str, Any]:
     """``section.field`` to the value to try next; empty where no field is to blame."""
     if isinstance(error, Diverged):
-        return {field: float(f"{rate / SMALLER_STEP:.2g}") for field, rate in error.rates.items()}
+        return slower(error.rates)
     field = batch_field(recipe, stage) if out_of_memory(error) else None
     if field is None:
         return {}

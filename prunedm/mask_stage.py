@@ -129,8 +129,9 @@ class MaskStage:
                 self.watcher.previous = [part.view_as(bank.mask).to(bank.mask.device) for part, bank in parts]
         return self.watcher
 
-    def follow(self, step: Step) -> list[dict[str, Any]]:
-        """Figures into the step's record, a snapshot when one is due; returns new alerts. Rank 0's part."""
+    def follow(self, step: Step, rates: dict[str, float]) -> list[dict[str, Any]]:
+        """Figures into the step's record, a snapshot when one is due; returns new alerts, which name other ``rates``.
+        Rank 0's part."""
         if not parallel.is_writer():
             return []
         last = step.step == step.of
@@ -138,7 +139,7 @@ class MaskStage:
         if step.step % WATCHED_EVERY == 0 or last:
             figures = self._watch().figures()
             step.values |= figures
-            alerts = list(self._watch().alerts(step.step, figures))
+            alerts = list(self._watch().alerts(step.step, figures, rates))
         every = self.recipe.mask.snapshot_every or max(1, step.of // SNAPSHOTS)
         if step.step % every == 0 and not last:
             self.snapshot(step.step)

@@ -48,7 +48,8 @@ class Section(BaseModel):
 
 
 Steps = Annotated[int, Field(ge=0, le=10_000_000)]
-Rate = Annotated[float, Field(gt=0, le=10)]
+HIGHEST_RATE = 10.0
+Rate = Annotated[float, Field(gt=0, le=HIGHEST_RATE)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
 

@@ -288,7 +288,7 @@ class Pipeline:
         for step in self._watched(trainer):
             self._follow_loss(watch, trainer, step)
             if masks is not None:
-                for alert in masks.follow(step):
+                for alert in masks.follow(step, trainer.rates()):
                     self._alert(stage, step.step, **alert)
             if is_due(step.step, steps, self.recipe.train.validations):
                 step.values["validation_loss"] = self._validation_loss(learner)

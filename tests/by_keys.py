@@ -91,12 +91,25 @@ def monitor_by_keys(page, filled: dict[str, Run]) -> None:
         page.wait_for_url(re.compile(f"run={filled[name].id}$"))
         act(page)
     opens_and_closes(page, "^button Stop", "Stop this run")
-    tab_to(page, "^tab Curves$")
-    press(page, "ArrowRight")
-    masks = page.get_by_role("tab", name="Masks", selected=True)
-    masks.wait_for()
-    assert masks.evaluate("tab => tab === document.activeElement")
+    tab_to(page, "^button Pause$")
+    press(page, "Enter")
+    page.get_by_role("button", name="Pausing…").wait_for()
+    assert filled["live"].pause_requested()
+    filled["live"].clear_pause()
+    page.get_by_role("button", name="Pause", exact=True).wait_for()
+    rest(page)
+    next_tab(page, "Curves", "Masks")
     page.get_by_role("combobox", name="Layer", exact=True).wait_for()
+
+
+def next_tab(page, name: str, right: str) -> None:
+    """From a tab to the one on its right, which opens and has the focus."""
+    tab_to(page, f"^tab {name}$")
+    press(page, "ArrowRight")
+    opened = page.get_by_role("tab", name=right, selected=True)
+    opened.wait_for()
+    assert opened.evaluate("tab => tab === document.activeElement")
+    rest(page)
 
 
 def pick_by_keys(page, name: str) -> None:
@@ -104,7 +117,7 @@ def pick_by_keys(page, name: str) -> None:
     press(page, "ArrowDown", *["ArrowUp"] * 40)
     for _ in range(40):
         option = page.evaluate("document.getElementById(focused.getAttribute('aria-activedescendant'))?.textContent")
-        if option and option.startswith(f"{name} "):
+        if option and f"{option} ".startswith(f"{name} "):
             break
         press(page, "ArrowDown")
     press(page, "Enter")
@@ -170,6 +183,65 @@ def launch_by_keys(page, filled: dict[str, Run]) -> None:
         page.wait_for_timeout(200)
 
 
+def sweep_by_keys(page, filled: dict[str, Run]) -> None:
+    """From chart to chart, then a new sweep up to the button that would start it."""
+    next_tab(page, "Pareto front", "Parallel coordinates")
+    next_tab(page, "Parallel coordinates", "Importances")
+    tab_to(page, "^radio Watch$")
+    press(page, "ArrowRight", "Space")
+    page.get_by_role("button", name="Fill in an example").wait_for()
+    rest(page)
+    tab_to(page, "^button Fill in an example$")
+    press(page, "Enter")
+    page.get_by_role("button", name="Start the sweep").wait_for()
+    rest(page)
+    tab_to(page, "^number Trials$")
+    press(page, "Control+A")
+    page.keyboard.type("4")
+    press(page, "Tab")
+    act(page)
+    tab_to(page, "^button .*Start the sweep")
+
+
+def models_by_keys(page, filled: dict[str, Run]) -> None:
+    """Another variant, another format, and a folder that is none."""
+    tab_to(page, "^radio dense$")
+    press(page, "ArrowRight", "Space")
+    page.get_by_role("radio", name="structured", checked=True).wait_for()
+    rest(page)
+    tab_to(page, "^combobox Format$")
+    pick_by_keys(page, "packed")
+    act(page)
+    page.get_by_text("one safetensors file that stores kept weights only").wait_for()
+    tab_to(page, "^SUMMARY .*Import a model$")
+    press(page, "Enter")
+    page.get_by_role("tab", name="Zip file").wait_for()
+    rest(page)
+    next_tab(page, "Zip file", "Folder on this machine")
+    tab_to(page, "^text Path of the model folder$")
+    page.keyboard.type("/nowhere")
+    press(page, "Tab")
+    act(page)
+    tab_to(page, "^button Add the folder$")
+    press(page, "Enter")
+    page.get_by_text("/nowhere").wait_for()
+    rest(page)
+
+
+def system_by_keys(page, filled: dict[str, Run]) -> None:
+    page.get_by_text("Checks and versions").wait_for()
+    rest(page)
+    tab_to(page, "^SUMMARY .*Checks and versions")
+    press(page, "Enter")
+    page.locator("details[open] [data-testid=stDataFrame]").first.wait_for()
+    rest(page)
+    tab_to(page, "^text Search the glossary$")
+    page.keyboard.type("compliance")
+    press(page, "Enter")
+    act(page)
+    page.get_by_text(re.compile(r"^[1-9] of \d+ entries")).wait_for()
+
+
 def opens_and_closes(page, name: str, within: str) -> None:
     """What asks first opens by Enter and closes by Escape; the focus is then where it was."""
     tab_to(page, name)
@@ -181,4 +253,7 @@ def opens_and_closes(page, name: str, within: str) -> None:
     assert re.search(name, page.evaluate(FOCUSED)[0])
 
 
-BY_KEYS = {"Monitor": monitor_by_keys, "Compare": compare_by_keys, "Runs": runs_by_keys, "Launch": launch_by_keys}
+BY_KEYS = {
+    "Monitor": monitor_by_keys, "Compare": compare_by_keys, "Runs": runs_by_keys, "Sweep": sweep_by_keys,
+    "Models": models_by_keys, "System": system_by_keys, "Launch": launch_by_keys,
+}  # fmt: skip

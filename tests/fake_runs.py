@@ -72,6 +72,13 @@ def other_states(runs_dir: Path) -> None:
     shelf.delete(fake(runs_dir, "deleted"))
 
 
+def active_states(runs_dir: Path) -> None:
+    """A run that was stopped, and one in each state that this process could be at work in."""
+    for status in ("stopped", "queued", "paused"):
+        fake(runs_dir, status, status, evaluated=False)
+    fake(runs_dir, "stopping", "running", evaluated=False).request_stop()
+
+
 def curve(steps: dict[str, int]) -> Iterator[dict[str, Any]]:
     """Step records of each stage: a falling, wavy loss."""
     for stage, count in steps.items():

@@ -15,6 +15,7 @@ from streamlit.testing.v1 import AppTest
 from app import lab, mask_views, pace
 from prunedm import learn, pictures, pipeline, seed_sheets, snapshots, store
 from prunedm import recipe as recipes
+from prunedm.failure import DISK_FULL
 from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
 
@@ -185,6 +186,19 @@ def test_a_failure_that_the_recipe_can_mend_is_offered_as_a_filled_form(runs):
     assert not app.exception
     assert app.number_input(key="recipe.data.batch_size").value == 7 and app.number_input(key="recipe.seed").value == 5
     assert [r.id for r in store.all_runs(runs)] == [run.id], "nothing starts yet"
+
+
+@pytest.mark.parametrize("error", ["FileNotFoundError: data/images is gone", DISK_FULL])
+def test_a_failure_that_no_value_mends_has_its_ways_on(runs, error):
+    """Resume, the recipe to change, and where to make room when that is what it takes."""
+    run = store.create(runs, recipes.build(recipes.merge(recipes.preset("smoke"), {"seed": 5})))
+    run.end(run.state(), "failed", error)
+    app = open_page("monitor")
+    offered = [b.label for b in app.button]
+    assert "Resume" in offered and ("Free some space in Runs" in offered) == (error == DISK_FULL)
+    next(b for b in app.button if b.label == "Change the recipe in Launch").click().run()
+    app.switch_page("../pages/launch.py").run()
+    assert not app.exception and app.number_input(key="recipe.seed").value == 5
 
 
 def test_home_says_what_to_do_next(runs, with_done):

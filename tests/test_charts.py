@@ -74,12 +74,18 @@ def test_the_pair_of_a_mask_zooms_as_one_and_shares_no_space(narrow):
     assert json.dumps(drawn)
 
 
+def test_a_tracker_that_was_never_recorded_has_no_points():
+    steps = Steps.of([{"stage": "mask", "step": i, "tracker.0": float("nan")} for i in range(1, 4)])
+    (trace,) = charts.tracker_by_bin(steps, 1000, "run")["data"]
+    assert trace["x"] == trace["y"] == []
+
+
 def test_frames_are_spread_evenly_with_the_first_and_the_last(tmp_path):
     paths = [tmp_path / str(i) for i in range(500)]
-    chosen = mask_views.spread(paths)
+    chosen = charts.spread(paths, mask_views.MOST_FRAMES)
     assert len(chosen) == len(set(chosen)) == mask_views.MOST_FRAMES
     assert chosen[0] == paths[0] and chosen[-1] == paths[-1] and chosen == sorted(chosen, key=paths.index)
-    assert mask_views.spread(paths[:7]) == paths[:7]
+    assert charts.spread(paths[:7], mask_views.MOST_FRAMES) == paths[:7]
 
 
 def test_a_frames_shares_are_those_of_the_snapshot(tmp_path):

@@ -124,6 +124,9 @@ def test_a_link_to_single_models_and_seeds_shows_them(with_done):
     app = open_page("compare", models=f"{with_done.id}/dense,{with_done.id}/nm", seeds="3,5")
     assert chosen(app) == [f"{with_done.id}/dense", f"{with_done.id}/nm"]
     assert app.multiselect(key="compare_seeds").value == [3, 5]
+    app.query_params["seeds"] = "2,999"  # another link, followed in the same tab
+    app.run()
+    assert app.multiselect(key="compare_seeds").value == [2] and "There is no seed 999 here" in said(app)
 
 
 def test_an_imported_model_is_picked_from_the_list_and_a_folder_by_its_path(with_done, runs, user):

@@ -77,14 +77,28 @@ def test_figures_over_all_layers_weigh_every_group_alike():
 )
 def test_alarms(step, figures, alarms):
     found = watcher(method="gumbel")
-    raised = list(found.alerts(step, figures))
+    raised = list(found.alerts(step, figures, {"mask.lr": 0.3}))
     assert [alert["what"] for alert in raised] == alarms
     assert all(alert["remedy"] and "mask." in alert["remedy"] for alert in raised)
-    assert list(found.alerts(step + 1, figures)) == [], "each once"
+    for alert in raised:
+        higher = alert["what"] == "no movement"
+        assert alert["changes"] == {"mask.lr": 0.9 if higher else pytest.approx(found.learner.peak / 3, rel=0.05)}
+    assert list(found.alerts(step + 1, figures, {"mask.lr": 0.3})) == [], "each once"
+
+
+def test_masks_that_follow_the_weights_are_moved_by_the_weights_rate():
+    found = watcher(method="sr-ste", train_weights=True)
+    (alert,) = found.alerts(25, {"flips": 0.0}, {"train.lr": 1e-3})
+    assert "train.lr" in alert["remedy"] and alert["changes"] == {"train.lr": 3e-3}
+
+
+def test_no_rate_is_raised_past_what_a_recipe_allows():
+    (alert,) = watcher(method="gumbel").alerts(25, {"flips": 0.0, "sample_flips": 0.1}, {"mask.lr": 10.0})
+    assert alert["changes"] == {}
 
 
 def test_fixed_masks_raise_no_alarm_for_standing_still():
-    assert list(watcher(method="magnitude").alerts(90, {"flips": 0.0})) == []
+    assert list(watcher(method="magnitude").alerts(90, {"flips": 0.0}, {})) == []
 
 
 def alarms(losses, **given) -> list[int]:

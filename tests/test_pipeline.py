@@ -243,6 +243,7 @@ def test_alerts_are_recorded_and_a_loss_that_is_no_number_is_one(tmp_path, micro
     run = execute(tmp_path, micro(mask={"lr": 1e-9, "steps": 40}))
     (alert,) = [e for e in run.events() if e["kind"] == "alert"]
     assert alert["what"] == "no movement" and alert["stage"] == "mask" and "mask.lr" in alert["remedy"]
+    assert alert["changes"] == {"mask.lr": 3e-9}
     assert "ALERT (no movement)" in run.log_path.read_text()
     monkeypatch.setattr(learn.GumbelMasks, "step", lambda *args: {"loss": float("inf")})
     failed = store.create(tmp_path, micro())

@@ -107,6 +107,15 @@ def test_each_state_is_an_icon_and_a_word(runs, status):
         assert "60%" in cell
 
 
+def test_a_run_that_waits_says_its_place_in_the_queue(runs, monkeypatch):
+    first, second = fake(runs, "one", "queued", evaluated=False), fake(runs, "two", "queued", evaluated=False)
+    other = fake(runs, "another-servers", "queued", evaluated=False)
+    places = {first.id: 1, second.id: 2}
+    monkeypatch.setattr(lab.jobs(), "position", places.get)
+    cells = dict(zip(table(open_page())["run"], table(open_page())["state"]))
+    assert cells == {first.id: "○ queued, number 1", second.id: "○ queued, number 2", other.id: "○ queued"}
+
+
 def test_one_row_shows_the_figures_with_their_conditions(runs):
     run = fake(runs, "one", notes=Notes(("a", "b"), "first line\nsecond"))
     row = table(open_page()).iloc[0]

@@ -3,7 +3,9 @@
 Trials are executed by a stand-in that writes what a run leaves; the study, its worker and its thread are real.
 """
 
+import dataclasses
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -18,7 +20,7 @@ from sqlalchemy.engine import Engine
 from streamlit.testing.v1 import AppTest
 
 from app import lab, sweep_charts, sweeps
-from prunedm import store, sweep, sweep_spec, sweep_worker
+from prunedm import charts, store, sweep, sweep_spec, sweep_worker
 from prunedm.jobs import Jobs
 from prunedm.recipe import Recipe
 from prunedm.records import Step
@@ -328,8 +330,12 @@ def test_a_finished_sweep_has_its_charts_trials_and_the_way_to_compare(runs):
     rows = app.dataframe[0].value
     front = sweep.front(study)
     assert rows.loc[rows["front"] == "★", "trial"].tolist() == front
-    assert set(rows["state"]) == {"✔ complete"} and rows["run"][0].startswith("/monitor?run=")
-    assert "Lower left is better" in said(app) and "12 trials" in said(app)
+    assert set(rows["state"]) == {"✔ complete"} and rows["run"][0].startswith("monitor?run=")
+    assert "Lower left is better" in said(app)
+    for chart, words in (("Parallel coordinates", "Darker is a larger"), ("Settings", "The same on the command line")):
+        assert words in said(open_page(sweep="mine", chart=chart))
+    app = open_page(sweep="mine", chart="Importances")
+    assert "12 trials" in said(app)
     links = [one.proto for one in app.get("page_link")]
     models = [f"{sweep.trials(study)[number]['run']}/nm" for number in front]
     query = next(one.query_string for one in links if one.page == "compare")
@@ -339,8 +345,29 @@ def test_a_finished_sweep_has_its_charts_trials_and_the_way_to_compare(runs):
 
 def test_one_objective_has_a_best_and_few_trials_no_importances(runs):
     swept(runs, objectives={"cost": "none"})
-    text = said(open_page())
-    assert "Best: trial" in text and "Importances need 10 complete trials and 3 are there" in text
+    assert "Best: trial" in said(open_page())
+    assert "Importances need 10 complete trials and 3 are there" in said(open_page(chart="Importances"))
+    assert "Best: trial" in said(open_page(chart="Pareto front")), "a chart that another sweep has"
+
+
+def test_charts_of_very_many_trials_draw_a_thousand(runs):
+    swept(runs, trials=2)
+    seen = sweeps.look("mine")
+    (row, _), count = seen.rows, 3000
+    rng = random.Random(0)
+    rows = [
+        row | {"number": i, "objectives": {"validation_loss": rng.random(), "bytes": rng.random()}}
+        for i in range(count)
+    ]
+    seen = dataclasses.replace(seen, rows=rows, front=list(range(0, count, 2)))
+    beaten, kept = sweep_charts.pareto(seen, ["validation_loss", "bytes"])["data"]
+    assert len(beaten["x"]) == len(kept["x"]) == charts.LARGEST_TRACE
+    points, line = sweep_charts.best_so_far(seen, "validation_loss")["data"]
+    losses = [one["objectives"]["validation_loss"] for one in rows]
+    assert len(points["x"]) == len(line["y"]) == charts.LARGEST_TRACE
+    assert all(low == min(losses[: i + 1]) for i, low in zip(line["x"], line["y"]))
+    (across,) = sweep_charts.parallel(seen)["data"]
+    assert min(across["line"]["color"]) == min(losses) and len(across["line"]["color"]) == charts.LARGEST_TRACE
 
 
 def test_what_ended_a_sweep_is_said(runs, fake):

@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,7 @@ from fake_runs import fake, other_states  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_sweep_page import swept  # noqa: E402
 
-from prunedm import store  # noqa: E402
+from prunedm import imports, store  # noqa: E402
 from prunedm.records import ACTIVE  # noqa: E402
 from prunedm.shelf import Notes  # noqa: E402
 
@@ -34,12 +35,14 @@ TOP = 1240  # pixels of a page's height in the README
 TABS = {  # beside the first one of each page
     "monitor?tab": ("Masks", "Compliance", "Samples", "Log", "Recipe", "System"),
     "compare?view": ("Figures", "Pareto", "Latency", "Curves", "Recipes", "Report"),
+    "sweep?chart": ("Parallel coordinates", "Importances", "Settings"),
 }
+EMPTY = ("home", "sweep", "monitor", "runs", "compare", "models")  # pages that say what to do while there is nothing
 OF_TWO_RUNS = ("compare-pareto", "compare-curves", "compare-recipes")  # pictures that say little of one
 TRIALS = 12
 
 
-def photograph(page, path: Path, tallest: int = 4600) -> None:
+def photograph(page, path: Path, tallest: int = 9000) -> None:
     """The whole page: as high as its content."""
     width = page.viewport_size["width"]
     page.wait_for_timeout(1500)
@@ -65,6 +68,23 @@ def fill(runs: Path) -> None:
     fake(runs, "reinforce", notes=Notes(("paper", "keep"), "as the paper has it"), mask={"method": "reinforce"})
 
 
+def new_sweep(page) -> None:
+    page.get_by_text("New sweep", exact=True).click()
+    page.get_by_role("button", name="Fill in an example").click()
+    page.get_by_role("button", name="Start the sweep").wait_for()
+
+
+def tick_a_run(page) -> None:
+    page.get_by_test_id("data-grid-canvas").first.focus()
+    for key in ("ArrowDown", "Shift+Space"):
+        page.keyboard.press(key)
+    page.get_by_role("button", name="Untick").wait_for()
+    page.locator("summary").filter(has=page.get_by_text(re.compile("^Trash"))).click()
+
+
+ACTS = {"sweep-new": new_sweep, "runs-ticked": tick_a_run}  # what is done on a page before its picture is taken
+
+
 def demo(url: str, runs: Path) -> None:
     """Press the button, photograph Monitor in the middle of mask learning, wait for the end."""
     with browser.chromium() as page:
@@ -80,45 +100,66 @@ def demo(url: str, runs: Path) -> None:
         photograph(page, OUT / f"{LIVE}.png")
         while run.state().status in ACTIVE:
             page.wait_for_timeout(500)
+    imports.from_path(run.variant("dense") / "unet", runs)
 
 
 def each_page(url: str, suffix: str, runs: Path, only: list[str], **options) -> None:
     evaluated = [run.id for run in store.all_runs(runs) if (run.folder / "evaluation.json").exists()]
     with browser.chromium(**options) as page:
-        for name, address in addresses().items():
+        for name, address in addresses(runs).items():
             if only and name not in only:
                 continue
             if name in OF_TWO_RUNS:
                 address += f"&runs={','.join(evaluated[:2])}"
             page.goto(f"{url}/{address}")
             browser.settle(page)
+            if name in ACTS:
+                ACTS[name](page)
+                browser.settle(page)
             photograph(page, OUT / f"{name}{suffix}.png")
         for error in browser.errors(page):
             print(f"console error: {error}")
 
 
-def addresses() -> dict[str, str]:
+def addresses(runs: Path) -> dict[str, str]:
     """Every page and tab: the name of its picture, and where it is."""
-    found = {"home": ""} | {page: page for page in PAGES}
+    there = store.all_runs(runs)
+    if not there:
+        return {f"{page}-empty": page.replace("home", "") for page in EMPTY}
+    found = {"home": ""} | {page: page for page in PAGES} | {name: name.partition("-")[0] for name in ACTS}
     for query, tabs in TABS.items():
-        found |= {f"{query.partition('?')[0]}-{tab.lower()}": f"{query}={tab}" for tab in tabs}
+        found |= {f"{query.partition('?')[0]}-{tab.lower().replace(' ', '-')}": f"{query}={tab}" for tab in tabs}
+    for run in there:
+        for state in ("failed", "interrupted", "unreadable"):
+            if run.id.endswith(f"-{state}"):
+                found[f"monitor-{state}"] = f"monitor?run={run.id}"
+    for one in imports.listing(runs):
+        found["models-imported"] = f"models?imported={one.name}"
     return found
+
+
+def in_each_look(runs: Path, only: list[str], act: Callable[[str], None] = lambda url: None) -> None:
+    """All pages of a lab on this folder, light, dark and narrow, after ``act``."""
+    with browser.server(runs.resolve(), OUT / "server.log") as url:
+        act(url)
+        each_page(url, "", runs, only)
+        each_page(url, "-dark", runs, only, color_scheme="dark")
+        each_page(url, "-narrow", runs, only, viewport={"width": 390, "height": 900})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, help="photograph these runs instead of a fresh demo")
-    parser.add_argument("--only", nargs="+", default=[], help=f"of: {', '.join(addresses())}")
+    parser.add_argument("--only", nargs="+", default=[], help="of pictures: home, monitor-masks, runs-empty...")
     given = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    runs = given.runs or Path(tempfile.mkdtemp(prefix="prunedm-"))
-    with browser.server(runs.resolve(), OUT / "server.log") as url:
-        if given.runs is None:
-            fill(runs)
-            demo(url, runs)
-        each_page(url, "", runs, given.only)
-        each_page(url, "-dark", runs, given.only, color_scheme="dark")
-        each_page(url, "-narrow", runs, given.only, viewport={"width": 390, "height": 900})
+    if given.runs is None:
+        runs = Path(tempfile.mkdtemp(prefix="prunedm-"))
+        in_each_look(runs, given.only)
+        fill(runs)
+        in_each_look(runs, given.only, lambda url: demo(url, runs))
+    else:
+        in_each_look(given.runs, given.only)
     for name, picture in ASSETS.items():
         was_taken = given.runs is None if picture == LIVE else not given.only or picture in given.only
         if was_taken:
