@@ -141,18 +141,7 @@ def base() -> dict[str, Any]:
     if chosen == TYPED:
         text = st.text_area("Recipe as YAML", key=BASE_TEXT, height=160, **KEEP)
         return recipes.parse(text, "the recipe")
-    return launched() if chosen == LAUNCH else recipes.preset(chosen)
-
-
-def launched() -> dict[str, Any]:
-    """The recipe that Launch's form holds."""
-    document: dict[str, Any] = {}
-    for path, default in recipes.flatten(Recipe().model_dump()).items():
-        value = st.session_state.get(forms.key(path), default)
-        if isinstance(value, str) and not isinstance(default, str):  # typed as YAML there
-            value = recipes.parse_value(value) if value.strip() else [] if isinstance(default, list) else None
-        document = recipes.merge(document, sweep_ranges.nested(path, value))
-    return recipes.build(document).model_dump(exclude_defaults=True)
+    return recipes.build(forms.held()).model_dump(exclude_defaults=True) if chosen == LAUNCH else recipes.preset(chosen)
 
 
 def ranges(common: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

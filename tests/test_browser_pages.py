@@ -18,6 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from test_sweep_page import swept
 
+from app import login
 from prunedm import imports, pipeline, store
 from prunedm.store import Run
 
@@ -328,6 +329,21 @@ def test_page(page, filled, name):
     go(page, name)
     found = faults(page, PAGES[name](page))
     assert not found, "\n".join(found)
+
+
+@pytest.mark.timeout(120)
+def test_the_login_page(page):
+    """As the gate answers it, after a wrong password."""
+    login_page = page.context.new_page()
+    login_page.set_content(login.PAGE.format(title="Log in", fields=f"{login.ASK}<p>This is not the password.</p>"))
+    login_page.evaluate(AXE.read_text())
+    login_page.set_viewport_size(NARROW)
+    for theme in ("light", "dark"):
+        login_page.emulate_media(color_scheme=theme)
+        assert login_page.evaluate(RUN_AXE, EXCLUDED) == [], theme
+    assert login_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    login_page.screenshot(path="/tmp/w/login.png")
+    login_page.close()
 
 
 # --- by keyboard ---------------------------------------------------------------------------------------
