@@ -43,8 +43,8 @@ def state(jobs: Chosen) -> None:
             st.rerun()
         if jobs.is_connecting():
             st.info(f"Connecting to the Ray cluster {parts.plain(jobs.choice.address)}…")
-        elif jobs.fault:
-            st.error(f"{parts.plain(jobs.fault)}")
+        elif fault := jobs.fault or jobs.trouble():
+            st.error(f"{parts.plain(fault)}")
         else:
             st.caption(words(jobs))
 

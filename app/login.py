@@ -50,7 +50,7 @@ HEADERS = {
 }
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title} · PruneDM Lab</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>:root{{color-scheme:light dark}}
+<style>:root{{color-scheme:light dark;background:Canvas;color:CanvasText}}
 body{{font:16px/1.5 system-ui,sans-serif;max-width:22rem;margin:15vh auto;padding:0 1rem}}
 input,button{{font:inherit;width:100%;padding:.5rem;margin:.4rem 0;box-sizing:border-box}}
 button{{background:#155fd0;color:#fff;border:0;border-radius:.3rem}}p{{color:light-dark(#a11,#f99)}}</style>

@@ -8,20 +8,26 @@ started again by Ray and goes on from the run's last checkpoint. Ray itself is i
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import store
+from . import parallel, store
 from .jobs import Line, load_engine, made, require_inputs
 from .recipe import Recipe
 from .records import RunState
-from .store import Run, StoreError
+from .store import Busy, Run, StoreError
+from .untrusted import one_line
 
+LOG = logging.getLogger("prunedm.cluster")
 INSTALL = (
     "the executor ray needs packages that are not here; install them: make cluster, or "
     "pip install -r requirements-cluster.txt -c constraints.txt"
@@ -41,6 +47,10 @@ RAY_SETTINGS = {
 
 class ClusterError(ValueError):
     """A cluster that cannot be used, in one line."""
+
+
+class RanksDied(RuntimeError):  # noqa: N818
+    """Ranks that ended without an ending of their run: Ray starts others."""
 
 
 def require_ray() -> None:
@@ -64,7 +74,7 @@ class RayExecutor(Line):
         self._tasks: dict[str, Any] = {}  # run id to the reference of its task
         super().__init__()
         self._closing, self._ready = threading.Event(), threading.Event()
-        self._fault = ""
+        self._fault, self.trouble = "", ""  # trouble: what the thread that watches met last, empty while all is well
         for name, value in RAY_SETTINGS.items():
             os.environ.setdefault(name, value)  # read when ray is imported
         self._thread = threading.Thread(target=self._watch, name="prunedm-ray", daemon=True)
@@ -131,6 +141,7 @@ class RayExecutor(Line):
             num_cpus=wanted.cpus,
             num_gpus=wanted.gpus,
             max_retries=RETRIES,
+            retry_exceptions=[Busy, RanksDied],  # besides workers that die
             runtime_env={"env_vars": _environment(wanted.gpus)},
         )
         with self._lock:
@@ -176,13 +187,25 @@ class RayExecutor(Line):
         self._ready.set()
         beaten = time.monotonic()
         while not self._closing.is_set():
-            self._wait()
-            self._look_at_tasks()
+            try:
+                self._wait()
+                self._look_at_tasks()
+                self.trouble = ""
+            except Exception as error:  # noqa: BLE001  (the thread must live: runs wait for what it does next)
+                self._meet_trouble(error)
             if time.monotonic() - beaten > BEAT_EVERY:
                 beaten = time.monotonic()
                 self._beat()
         if is_ours:
             ray.shutdown()
+
+    def _meet_trouble(self, error: Exception) -> None:
+        """What Ray raises of a cluster that does not answer: said once, and tried again."""
+        words = f"the Ray cluster {self.address} does not answer ({type(error).__name__}: {one_line(error)})"
+        if words != self.trouble:
+            self.trouble = words
+            LOG.error("%s; its runs are looked at again as soon as it does", words)
+        self._closing.wait(LOOK_EVERY)
 
     def _wait(self) -> None:
         """For a task to end, or for a moment."""
@@ -266,7 +289,10 @@ class RayExecutor(Line):
             return
         except ray.exceptions.TaskCancelledError:
             return  # its run is stopped
-        except ray.exceptions.RayTaskError as error:  # the folder is gone, locked or full, or its code is not ours
+        except ray.exceptions.RayTaskError as error:  # the folder is gone or full, or its code is not ours
+            if isinstance(error, Busy):  # Ray's error is of the cause's type too
+                run.log(f"not gone on with: {_last_line(error)}")
+                return  # the worker that has the run says what becomes of it
             status, cause = "failed", f"the task failed on the cluster: {_last_line(error)}"
         except ray.exceptions.RayError as error:
             status, cause = "interrupted", f"its workers died {RETRIES + 1} times ({_last_line(error)})"
@@ -286,19 +312,54 @@ class RayExecutor(Line):
 
 # --- on the machine that works -------------------------------------------------------------------
 def work(folder: str) -> str:
-    """The Ray task: run, or go on with, the run in this folder; returns its final status."""
-    load_engine()
-    from . import pipeline
+    """The Ray task: run, or go on with, the run in this folder; returns its final status.
 
+    A run that reserves several GPUs is worked on by as many ranks of its machine, which a launcher starts.
+    """
     run = Run(Path(folder))
-    with run.lock(PATIENCE):
-        state = run.state()
-        if state.status in ("done", "stopped", "failed"):
-            return state.status  # stopped while it waited
-        if state.status not in ("queued", "stopping") and not take_back(run, state):
-            return "interrupted"
-        run.claim(state, "queued")  # by this process from here on
-        return pipeline.work(run)
+    if not (run.folder / "recipe.yaml").is_file():
+        raise StoreError(f"{socket.gethostname()} sees no {folder}; give all machines of the cluster one --runs-dir")
+    ranks = ranks_of(run.recipe())
+    return _launched(run, ranks) if ranks > 1 else _work(run)
+
+
+def _work(run: Run) -> str:
+    """What this process, or each of the ranks, does on a run."""
+    load_engine()
+    from . import pipeline, shared_run
+
+    own = shared_run.of(run)
+    with own.lock(PATIENCE):
+        ended = parallel.shared(lambda: _ended_or_taken(run))
+        return ended or pipeline.work(own)
+
+
+def _ended_or_taken(run: Run) -> str:
+    """The status of a run that nothing is left to do of; else empty, and the run is this process's from here on."""
+    state = run.state()
+    if state.status in ("done", "stopped", "failed"):
+        return state.status  # stopped while it waited
+    if state.status not in ("queued", "stopping") and not take_back(run, state):
+        return "interrupted"
+    run.claim(state, "queued")
+    return ""
+
+
+def ranks_of(recipe: Recipe) -> int:
+    """How many ranks work on a run of the cluster: one for each GPU that it reserves."""
+    return max(1, math.floor(recipe.resources.gpus))
+
+
+def _launched(run: Run, ranks: int) -> str:
+    """Ranks of this machine at work on a run: the status that they leave. RanksDied where they leave none."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*launcher, "-m", "prunedm.cluster", str(run.folder)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    state = run.state()
+    if state.status not in ("done", "stopped", "failed"):
+        run.log(f"its {ranks} ranks left it {state.status}; the last that they said:\n{ended.stdout[-2000:]}")
+        raise RanksDied(f"the {ranks} ranks of run {run.id} died (exit status {ended.returncode}); see its log")
+    return state.status
 
 
 def take_back(run: Run, state: RunState) -> bool:
@@ -318,14 +379,13 @@ def take_back(run: Run, state: RunState) -> bool:
 
 
 def require_reserved(recipe: Recipe) -> None:
-    """:class:`ClusterError` when a run would use a GPU that it does not reserve."""
+    """:class:`ClusterError` when a run would use a GPU that it does not reserve, or not use one that it does."""
     device, gpus = recipe.device, recipe.resources.gpus
     kind, _, number = device.partition(":")
-    if kind == "cuda" and int(number or 0) >= math.ceil(gpus):
-        raise ClusterError(
-            f"device={device} is not among the GPUs that resources.gpus={gpus:g} reserves; set "
-            f"resources.gpus={int(number or 0) + 1}, or device=auto"
-        )
+    if kind == "cuda" and gpus == 0:
+        raise ClusterError(f"device={device} needs a GPU and resources.gpus=0 reserves none; set resources.gpus=1")
+    if number and (int(number) or gpus > 1):
+        raise ClusterError(f"device={device}: a run sees only the GPUs that it reserves, one a rank; set device=cuda")
 
 
 def _environment(gpus: float) -> dict[str, str]:
@@ -338,3 +398,8 @@ def _last_line(error: BaseException) -> str:
     """What an error says at its end: Ray puts the whole trace of the other machine before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__
+
+
+if __name__ == "__main__":  # one of the ranks of a task
+    parallel.join()
+    parallel.leave(0 if _work(Run(Path(sys.argv[1]))) == "done" else 1)

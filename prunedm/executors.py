@@ -96,6 +96,10 @@ class Chosen:
         """CPUs and GPUs of each machine of the cluster; empty without one."""
         return [] if self._ray is None else self._ray.machines()
 
+    def trouble(self) -> str:
+        """What keeps the cluster from answering now, in one line; empty while it does, and without one."""
+        return "" if self._ray is None else self._ray.trouble
+
     def warm_up(self, *first: Callable[[], object]) -> None:
         self.local.warm_up(*first)
 

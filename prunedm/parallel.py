@@ -88,6 +88,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_here() -> int:
+    """How many of them are on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or launched())
+
+
 def join() -> None:
     """Meet the other ranks, where a launcher has started any. LaunchError when it asks for what is not supported."""
     _require_supported()
@@ -96,7 +101,7 @@ def join() -> None:
     import torch
     from accelerate import PartialState
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.device_count() >= ranks_here()  # else they work on the CPU, where the recipe lets them
     # What ranks decide together stays on the CPU, whatever the gradients lie on.
     state = PartialState(cpu=not on_gpu, backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     _Ranks.size, _Ranks.rank, _Ranks.local = state.num_processes, state.process_index, state.local_process_index
@@ -156,9 +161,17 @@ def own_slice(count: int) -> tuple[int, int]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """A rank's own GPU where all ask for CUDA; ValueError where the recipe names a single one."""
+    """A rank's own GPU where all ask for CUDA; ValueError where the recipe names a single one, or there are too few."""
     if _Ranks.size == 1 or device.type != "cuda":
         return device
+    import torch
+
+    there = torch.cuda.device_count()
+    if there < ranks_here():
+        raise ValueError(
+            f"device={device} gives each rank a GPU of its own, and {ranks_here()} ranks share {there} here; launch "
+            f"{there} of them, or set device: cpu"
+        )
     if device.index is not None:
         raise ValueError(f"device={device} is one GPU and {_Ranks.size} ranks need one each; use device: cuda")
     return type(device)("cuda", _Ranks.local)

@@ -47,29 +47,37 @@ def work(
     from . import training
 
     with training.memory_kept(), system.sampled(run), artifacts.mirrored(run):
-        state = run.state()
-        run.require_free(state)
-        run.claim(state, "running")
-        session = Session(run, MetricsWriter(run, state), stop)
-        status, error, remedy = "done", None, {}
-        try:
-            # Ranks have different parts to do, so that they can decide together between steps only.
-            with giveway.listening(session.give_way if parallel.size() == 1 else None):
-                for step in session.steps():
-                    on_step(step)
-        except Stopped:
-            status = "stopped"
-        except KeyboardInterrupt:
-            status, error = "interrupted", "interrupted; the last checkpoint is kept"
-        except (Exception, SystemExit) as cause:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
-            status, error, remedy = "failed", *_explained(run, cause, state.stage)
-        session.work = None  # the memory of models goes back before the ending is told
-        with suppress(OSError):
-            session.writer.flush()
-            run.event(status, error=error)
-            run.log(status if error is None else f"{status}: {error}")
-        run.end(state, status, error, remedy)
-        return status
+        status = _work(run, on_step, stop)
+    if status in ("done", "stopped"):
+        parallel.meet()  # or a launcher, seeing one rank gone, would end rank 0 in its last copies
+    return status
+
+
+def _work(run: Run, on_step: Callable[[Step], None], stop: Callable[[], bool]) -> str:
+    """From the claim to the ending, which is recorded."""
+    state = run.state()
+    run.require_free(state)
+    run.claim(state, "running")
+    session = Session(run, MetricsWriter(run, state), stop)
+    status, error, remedy = "done", None, {}
+    try:
+        # Ranks have different parts to do, so that they can decide together between steps only.
+        with giveway.listening(session.give_way if parallel.size() == 1 else None):
+            for step in session.steps():
+                on_step(step)
+    except Stopped:
+        status = "stopped"
+    except KeyboardInterrupt:
+        status, error = "interrupted", "interrupted; the last checkpoint is kept"
+    except (Exception, SystemExit) as cause:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
+        status, error, remedy = "failed", *_explained(run, cause, state.stage)
+    session.work = None  # the memory of models goes back before the ending is told
+    with suppress(OSError):
+        session.writer.flush()
+        run.event(status, error=error)
+        run.log(status if error is None else f"{status}: {error}")
+    run.end(state, status, error, remedy)
+    return status
 
 
 def _explained(run: Run, cause: BaseException, stage: str) -> tuple[str, dict[str, Any]]:

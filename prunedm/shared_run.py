@@ -94,7 +94,7 @@ class SharedRun(Run):
             return
         if parallel.is_lost():
             self._tell_of_rank_0()
-        elif error is not None:
+        elif error is not None and not self._is_said_by_rank_0(error):
             _say(error)
             record = {"time": round(time.time(), 3), "kind": RANK_FAILED, "rank": parallel.rank()}
             with suppress(OSError):  # it has been said
@@ -111,12 +111,22 @@ class SharedRun(Run):
                 break
         return error, remedy
 
+    def _last_words(self) -> RunState:
+        """What rank 0 has recorded once it had time to."""
+        deadline = time.monotonic() + LAST_WORDS
+        while (state := self.state()).status in ACTIVE and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return state
+
+    def _is_said_by_rank_0(self, error: str) -> bool:
+        """Whether all failed alike, as where a loss is no number: one of them says so."""
+        with suppress(StoreError, OSError):
+            return self._last_words().error == error
+        return False
+
     def _tell_of_rank_0(self) -> None:
         """Where rank 0 is dead nobody else says how the run ended; one that lives does so itself."""
-        deadline = time.monotonic() + LAST_WORDS
-        while (status := self.state().status) in ACTIVE and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if status == "interrupted":
+        if self._last_words().status == "interrupted":
             remedy = f"go on with python -m prunedm resume {self.id} --runs-dir {self.folder.parent}"
             _say(f"rank 0 has died; run {self.id} is interrupted and its last checkpoint is kept: {remedy}")
 

@@ -138,13 +138,14 @@ class Run:
     def take(self) -> None:
         """Claim a stopped, failed or interrupted run as *queued* by this process: of all that try, one gets it.
 
-        Old requests to stop or to pause are forgotten. StoreError, saying who has the run, when it cannot be taken.
+        Old requests to stop or to pause are forgotten. Busy, saying who has the run, while someone works on it;
+        StoreError when it is done.
         """
         with self.lock(0 if self.state().status in ACTIVE else HANDOVER):
             state = self.state()
             if state.status not in RESUMABLE:
-                by = f" by {owner.words(state)}" if state.status in ACTIVE else ""
-                raise StoreError(f"run {self.id} is {state.status}{by}; it cannot be resumed; only an ended one can")
+                by, error = (f" by {owner.words(state)}", Busy) if state.status in ACTIVE else ("", StoreError)
+                raise error(f"run {self.id} is {state.status}{by}; it cannot be resumed; only an ended one can")
             self.clear_stop()
             self.clear_pause()
             self.claim(state, "queued")

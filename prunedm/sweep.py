@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -212,7 +213,7 @@ def total(study: Study) -> int:
 
 def request_stop(study: Study, runs_dir: Path) -> None:
     """Ask all workers to end after the step at hand; the sweep can be gone on with."""
-    study.set_user_attr(STOP_ASKED, time.time())
+    study.set_user_attr(STOP_ASKED, uuid.uuid4().hex)
     for row in trials(study):
         if row["state"] == "running" and row["run"]:
             run = store.Run(runs_dir / row["run"])
@@ -220,9 +221,9 @@ def request_stop(study: Study, runs_dir: Path) -> None:
                 run.request_stop()
 
 
-def stop_asked_since(study: Study, moment: float) -> bool:
-    """Whether someone asked the workers to stop after this moment (seconds since the epoch)."""
-    return study.user_attrs.get(STOP_ASKED, 0) > moment
+def last_stop(study: Study) -> Any:
+    """What tells the last request to stop from the ones before it, on whichever machine's clock; None for none yet."""
+    return study.user_attrs.get(STOP_ASKED)
 
 
 def _require_same(spec: Sweep, known: Sweep) -> None:

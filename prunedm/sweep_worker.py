@@ -59,7 +59,7 @@ class Worker:
         self.stop, self.tell, self.poll = stop, tell, poll
         self.spec: Sweep = sweep.spec_of(study)
         self.url = storage or sweep.default_storage(runs_dir, self.spec.name)
-        self.began, self.looked, self.ended = time.time(), 0.0, False
+        self.stop_before, self.looked, self.ended = sweep.last_stop(study), 0.0, False
         self.is_lost = False  # whether the trial at hand was taken over by another worker
         self.failures: int | None = 0  # None once a trial was complete or pruned
         self.said: set[str] = set()
@@ -100,7 +100,7 @@ class Worker:
 
         if not self.ended and (surely or time.monotonic() - self.looked > self.poll):
             with suppress(OptunaError):  # a database that does not answer now costs no run
-                self.ended = sweep.stop_asked_since(self.study, self.began)
+                self.ended = sweep.last_stop(self.study) != self.stop_before
             self.looked = time.monotonic()
         self.ended = self.ended or self.stop()
         return self.ended
@@ -223,12 +223,31 @@ class Worker:
 
         recipe = inputs.absolute(recipe, self.runs_dir)
         known = self._run_here(trial.user_attrs.get(RESUMES))
-        if known is not None:
-            with suppress(ValueError):  # unreadable: it is begun anew
+        if known is not None and self._takes(trial, known):
+            return known
+        return store.create(self.runs_dir, recipe)
+
+    def _takes(self, trial: Trial, known: Run) -> bool:
+        """Make a run that another worker began this one's, or find it done; False where it cannot be read, and is begun
+        anew.
+
+        A worker that lost its trial, as the database had no sign of life of it, may be at work on the run all the same:
+        what it makes of it is waited for, so that no trial runs twice.
+        """
+        while True:
+            try:
                 if known.state().status != "done":
                     known.take()  # or other workers would take it for that of a dead one
-                return known
-        return store.create(self.runs_dir, recipe)
+                return True
+            except store.Busy as error:
+                self._say_once(f"trial {trial.number} waits: {error}")
+                if self._is_stopped(surely=True):
+                    trial.set_user_attr(STOPPED, True)
+                    raise Unfinished from error
+                time.sleep(self.poll)
+            except ValueError as error:
+                self.tell(f"trial {trial.number}: {error}; its run is begun anew")
+                return False
 
     def _values(self, trial: Trial, run: Run) -> list[float]:
         """The objectives, from the figures of the run's last model."""

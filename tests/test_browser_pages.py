@@ -342,7 +342,7 @@ def test_the_login_page(page):
         login_page.emulate_media(color_scheme=theme)
         assert login_page.evaluate(RUN_AXE, EXCLUDED) == [], theme
     assert login_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    login_page.screenshot(path="/tmp/w/login.png")
+
     login_page.close()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -218,7 +219,14 @@ def test_an_address_without_ray_and_ray_under_a_launcher_are_refused(tmp_path, m
 
 @pytest.mark.parametrize(
     ("device", "gpus", "words"),
-    [("cuda", 0, "resources.gpus=1"), ("cuda:1", 1, "resources.gpus=2"), ("cuda:0", 0.5, None), ("auto", 0, None)],
+    [
+        ("cuda", 0, "resources.gpus=1"),
+        ("cuda:1", 1, "device=cuda$"),
+        ("cuda:0", 2, "device=cuda$"),
+        ("cuda:0", 0.5, None),
+        ("cuda", 2, None),
+        ("auto", 0, None),
+    ],
 )
 def test_a_run_uses_no_gpu_that_it_did_not_reserve(device, gpus, words):
     recipe = Recipe(device=device, resources={"gpus": gpus})
@@ -237,6 +245,58 @@ def test_gpus_are_a_share_or_a_whole_number(gpus, is_valid):
     else:
         with pytest.raises(recipes.RecipeError, match="gpus"):
             recipes.build(recipes.merge({}, changes))
+
+
+@pytest.mark.slow
+def test_a_task_of_several_gpus_is_worked_on_by_as_many_ranks(micro, tmp_path, monkeypatch):
+    """Here they are ranks on the CPU."""
+    assert [cluster.ranks_of(Recipe(resources={"gpus": gpus})) for gpus in (0, 0.5, 1, 4)] == [1, 1, 1, 4]
+    monkeypatch.setattr(cluster, "ranks_of", lambda recipe: 2)
+    run = store.create(tmp_path, micro())
+    assert cluster.work(str(run.folder)) == "done"
+    (started,) = [event for event in run.events() if event["kind"] == "started"]
+    assert started["ranks"] == 2 and run.evaluation()["nm"]["validation_loss"] > 0
+    dies = store.create(tmp_path, micro(name="dies"))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(cluster.RanksDied, match="the 2 ranks of run"):
+        cluster.work(str(dies.folder))
+    assert "its 2 ranks left it queued" in dies.log_path.read_text()
+
+
+def test_a_machine_without_the_runs_folder_says_so(tmp_path):
+    with pytest.raises(store.StoreError, match=r"sees no .*gone; give all machines of the cluster one --runs-dir"):
+        cluster.work(str(tmp_path / "gone"))
+
+
+def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch, caplog, micro):
+    real = executor._wait
+
+    def broken():
+        raise ConnectionError("the head node is gone")
+
+    monkeypatch.setattr(executor, "_wait", broken)
+    until(lambda: executor.trouble)
+    assert "does not answer (ConnectionError: the head node is gone)" in executor.trouble
+    run = executor.submit(micro())
+    monkeypatch.setattr(executor, "_wait", real)
+    assert ended(run) == "done" and until(lambda: not executor.held()) and executor.trouble == ""
+    assert sum("does not answer" in record.message for record in caplog.records) == 1
+
+
+def test_a_run_that_another_worker_has_is_left_to_it(executor, micro, monkeypatch):
+    """As where a machine that was taken for dead works on."""
+    import ray
+
+    run = jobs.made(micro(), executor.runs_dir)
+    cause = store.Busy("run x is being worked on")
+    busy = ray.exceptions.RayTaskError("work", f"traceback\nBusy: {cause}", cause).as_instanceof_cause()
+
+    def get(task):
+        raise busy
+
+    monkeypatch.setattr(ray, "get", get)
+    executor._conclude(run, None)
+    assert run.state().status == "queued" and "being worked on" in run.log_path.read_text()
 
 
 def test_a_run_whose_workers_die_again_and_again_is_given_up(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,25 @@ def test_what_the_recipe_says_is_not_asked_of_the_launcher(monkeypatch, variable
     monkeypatch.setenv(variable, value)
     with pytest.raises(parallel.LaunchError, match=told):
         parallel.join()
+
+
+def test_more_ranks_than_gpus_work_on_the_cpu_alone(monkeypatch):
+    """They meet over gloo, and a recipe that asks for CUDA is told why it has none."""
+    made = []
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    state = types.SimpleNamespace(num_processes=3, process_index=1, local_process_index=1)
+    monkeypatch.setattr("accelerate.PartialState", lambda **given: made.append(given) or state)
+    for name in ("size", "rank", "local"):
+        monkeypatch.setattr(parallel._Ranks, name, getattr(parallel._Ranks, name))
+    parallel.join()
+    assert made[0]["cpu"] and made[0]["backend"] == "gloo" and parallel.size() == 3
+    assert parallel.own_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(ValueError, match="2 ranks share 1 here; launch 1 of them, or set device: cpu"):
+        parallel.own_device(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda:1")
 
 
 def test_a_batch_has_an_image_for_each_rank(monkeypatch):

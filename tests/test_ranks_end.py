@@ -166,7 +166,8 @@ def shared(tmp_path, monkeypatch) -> Callable[..., shared_run.SharedRun]:
     return seen
 
 
-def test_a_rank_that_fails_by_itself_leaves_its_reason_and_remedy_to_rank_0(shared, capsys):
+def test_a_rank_that_fails_by_itself_leaves_its_reason_and_remedy_to_rank_0(shared, capsys, monkeypatch):
+    monkeypatch.setattr(shared_run, "LAST_WORDS", 0.2)
     run = shared(1, is_lost=False)
     run.end(run.state(), "failed", "out of memory; halve data.batch_size (no more)", {"data.batch_size": 32})
     assert "rank 1: out of memory" in capsys.readouterr().err
@@ -178,6 +179,17 @@ def test_a_rank_that_fails_by_itself_leaves_its_reason_and_remedy_to_rank_0(shar
     run.event("started", ranks=2)
     run.end(run.state(), "failed", "another of the 2 ranks has ended or does not answer; resume")
     assert run.state().error.startswith("another of the 2 ranks"), "what an earlier start left is not this one's reason"
+
+
+def test_what_all_ranks_failed_of_is_said_once(shared, capsys):
+    run = shared(0, is_lost=False)
+    run.end(run.state(), "failed", "loss is nan after step 3", {"mask.lr": 0.1})
+    run = shared(1, is_lost=False)
+    run.end(run.state(), "failed", "loss is nan after step 3", {"mask.lr": 0.1})
+    assert capsys.readouterr().err == ""
+    assert not [event for event in run.events() if event["kind"] == shared_run.RANK_FAILED]
+    run.end(run.state(), "failed", "out of memory; halve data.batch_size")
+    assert "rank 1: out of memory" in capsys.readouterr().err
 
 
 def test_a_rank_speaks_for_rank_0_only_where_that_is_dead(shared, monkeypatch, capsys):

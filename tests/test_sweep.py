@@ -247,6 +247,32 @@ def test_a_resumed_sweep_goes_on_with_the_interrupted_run_and_repeats_nothing(tm
     assert [step for run, step in fake.steps if run == asked[0]] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_run_that_a_worker_without_its_trial_is_still_at_is_waited_for(tmp_path, monkeypatch, is_stopped):
+    """Its database had no sign of life of it: no trial runs twice for that."""
+    study, fake, asked, told, tries = sweep.start(spec(), tmp_path), Fake(), [], [], []
+    fake.at = lambda run, step: asked.append(run.id) if len(fake.runs) == 2 and step == 4 else None
+    assert work(study, tmp_path, fake, stop=lambda: bool(asked)) == "stopped"
+    take = store.Run.take
+
+    def busy_at_first(run):
+        tries.append(run.id)
+        if len(tries) < 3:
+            raise store.Busy(f"run {run.id} is running by another worker")
+        take(run)
+
+    monkeypatch.setattr(store.Run, "take", busy_at_first)
+    again = sweep.start(spec(), tmp_path)
+    status = work(again, tmp_path, fake, stop=lambda: is_stopped and bool(tries), tell=told.append)
+    (said,) = [line for line in told if "waits: run" in line]
+    assert "is running by another worker" in said and set(tries) == {asked[0]}
+    if is_stopped:
+        assert status == "stopped" and states(again) == ["complete", "interrupted"]
+        return
+    assert status == "done" and states(again) == ["complete"] * 4
+    assert len(store.all_runs(tmp_path)) == 4 and len(tries) == 3
+
+
 def test_more_trials_can_be_asked_for_later_and_another_specification_cannot(tmp_path):
     study = swept(tmp_path, trials=2)
     more = sweep.start(spec(trials=2), tmp_path, trials=5)
