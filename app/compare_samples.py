@@ -166,7 +166,7 @@ def choose_seeds(places: list[int]) -> list[int]:
     if wanted := st.session_state.pop(asked, None):
         st.session_state[key] = list(map(int, wanted))
     st.session_state[key] = [seed for seed in st.session_state.get(key, places[:FIRST_SEEDS]) if seed in places]
-    seeds = st.multiselect("Seeds", places, key=key) or places[:1]
+    seeds = st.multiselect("Seeds", places, key=key, persist_state="session") or places[:1]
     parts.write_url("seeds", asked, ",".join(map(str, seeds)))
     return seeds
 

@@ -31,8 +31,9 @@ def export(source: Source) -> None:
     int8 = int8_.selectbox("8-bit", ways, key=f"models.int8.{kind}", disabled=len(ways) == 1)
     with parts.said():
         if button.button("Export", type="primary", width="stretch"):
-            # 8-bit weights of a packed file have no other number type
-            exports.exports().start(source, kind, None if kind == "packed" and int8 != "none" else dtype, int8)
+            with st.spinner("Preparing the export…"):
+                # 8-bit weights of a packed file have no other number type
+                exports.exports().start(source, kind, None if kind == "packed" and int8 != "none" else dtype, int8)
     st.caption(f"{kind}: {FORMATS[kind]}.")
     busy = exports.exports().busy(source.folder)
 
@@ -62,22 +63,27 @@ def at_work(task: Task) -> None:
 def ready(source: Source, writing: list[Path]) -> None:
     """Each finished export: download, verify, delete."""
     for path in (p for p in exports.finished(source.folder) if p not in writing):
-        file = exports.archive(path)
-        st.markdown(f"**{parts.plain(path.name)}** · {file.stat().st_size / 2**20:.2f} MiB")
-        if exports.outdated(path, source):
-            st.warning("This export is older than the model: its weights have been written again since.")
-        with st.container(horizontal=True):
-            st.download_button("Download", file.read_bytes, file.name, key=f"get.{path.name}", on_click="ignore")
-            for extra in (p for p in exports.belonging(path) if p.suffix in EXTRAS):
-                st.download_button(
-                    EXTRAS[extra.suffix], extra.read_bytes, extra.name, key=f"get.{extra.name}", on_click="ignore"
-                )
-            if st.button("Verify", key=f"check.{path.name}"):
-                st.session_state[VERIFIED] = str(path)
-            with st.popover("Delete"):
-                delete(path)
-        if st.session_state.get(VERIFIED) == str(path):
-            layer_views.verified(path)
+        with parts.said():  # another tab may delete it meanwhile
+            ready_one(source, path)
+
+
+def ready_one(source: Source, path: Path) -> None:
+    file = exports.archive(path)
+    st.markdown(f"**{parts.plain(path.name)}** · {file.stat().st_size / 2**20:.2f} MiB")
+    if exports.outdated(path, source):
+        st.warning("This export is older than the model: its weights have been written again since.")
+    with st.container(horizontal=True):
+        st.download_button("Download", file.read_bytes, file.name, key=f"get.{path.name}", on_click="ignore")
+        for extra in (p for p in exports.belonging(path) if p.suffix in EXTRAS):
+            st.download_button(
+                EXTRAS[extra.suffix], extra.read_bytes, extra.name, key=f"get.{extra.name}", on_click="ignore"
+            )
+        if st.button("Verify", key=f"check.{path.name}"):
+            st.session_state[VERIFIED] = str(path)
+        with st.popover("Delete"):
+            delete(path)
+    if st.session_state.get(VERIFIED) == str(path):
+        layer_views.verified(path)
 
 
 def delete(path: Path) -> None:

@@ -95,8 +95,9 @@ class Exports:
         model_files.look(source.model)
         path = source.folder / file_name(source.stem, *form)
         with self._lock:
-            busy = path in self._tasks and not self._tasks[path].future.done()
-            if busy or path in finished(source.folder):
+            if path in self._tasks and not self._tasks[path].future.done():
+                raise ValueError(f"{path.name} is being exported; wait for its end")
+            if path in finished(source.folder):
                 raise ValueError(f"{path.name} is already there; delete it first")
             delete(path)  # what a server that was killed left half done
             task = self._tasks[path] = Task(path)

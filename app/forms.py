@@ -51,6 +51,7 @@ LABELS = {  # of fields whose names are too short to be read; all others by thei
     "resources.gpus": "GPUs",
 }
 OWN = "the method's own"
+STEP = 0.05  # of a number's arrows
 EMPTY = {  # what an optional field means that is left empty, where that is not something chosen by itself
     "data.limit": "all",
     "mask.density": "off",
@@ -126,7 +127,7 @@ def _presets() -> dict[str, dict[str, Any]]:
 def preset_of(document: dict[str, Any]) -> str | None:
     """The preset that a document is, whatever its name, seed and device."""
     values = recipes.flatten(document)
-    return next((name for name, one in _presets().items() if all(values[path] == one[path] for path in one)), None)
+    return next((name for name, one in _presets().items() if one.items() <= values.items()), None)
 
 
 def held() -> dict[str, Any]:
@@ -282,10 +283,16 @@ def _widget(path: str, field: Any) -> Any:
     elif kind is int:
         given = st.number_input(label, step=1, **common)
     elif kind is float:
-        given = st.number_input(label, step=None if path == "train.lr" else 0.05, format="%g", **common)
+        given = st.number_input(label, step=_step(field), format="%.12g", **common)
     else:
         given = st.text_input(label, **common)
     return _value(field, given)
+
+
+def _step(field: Any) -> float | None:
+    """What an arrow adds: nothing of ours to a field whose values lie closer together than that."""
+    near_an_end = min(field.default, 1 - field.default) if 0 < field.default < 1 else 1.0
+    return STEP if near_an_end >= STEP else None
 
 
 def _value(field: Any, given: Any) -> Any:

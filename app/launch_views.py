@@ -277,22 +277,17 @@ def queue(cards: list[lab.Card]) -> None:
         active = [card for card in lab.cards() if card.active]
         if not active:
             st.rerun()
-        for card in sorted(active, key=lambda c: (place(c) or 0, c.run.id)):
+        for card in sorted(active, key=lambda c: (lab.position(c.run.id) or 0, c.run.id)):
             queued(card)
 
     listing()
-
-
-def place(card: lab.Card) -> int | None:
-    """Place in this server's queue; 1 is the next."""
-    return lab.jobs().position(card.run.id)
 
 
 def queued(card: lab.Card) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         parts.state_chip(card.status)
         st.page_link(MONITOR, label=parts.plain(card.run.id), query_params={"run": card.run.id})
-        number, state = place(card), card.state
+        number, state = lab.position(card.run.id), card.state
         if number:
             st.caption("next" if number == 1 else f"place {number}")
         elif state and state.stage:

@@ -82,7 +82,7 @@ def bar(share: float, *lines: str) -> None:
 
 def progress_html(card: lab.Card, *more: str) -> str:
     """How far a readable run is: place in the queue, or stage, rate and time left; ``more`` stands below the bar."""
-    place, state = lab.jobs().position(card.run.id), card.state
+    place, state = lab.position(card.run.id), card.state
     if place is not None:
         return bar_html(0.0, f"Number {place} in the queue", *more)
     if state.status == "done":

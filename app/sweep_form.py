@@ -55,7 +55,7 @@ def fill_row(path: str, wanted: Any) -> None:
     row = add_row(path)
     if isinstance(wanted, dict):
         for name in ("low", "high", "step"):
-            st.session_state[row_key(row, name)] = f"{wanted[name]:g}" if name in wanted else ""
+            st.session_state[row_key(row, name)] = json.dumps(wanted[name]) if name in wanted else ""
         st.session_state[row_key(row, "log")] = wanted.get("log", False)
         return
     st.session_state[row_key(row, "how")] = LISTED
@@ -86,6 +86,7 @@ def clear_row(row: int) -> None:
     for name in ("low", "high", "step", "values"):
         st.session_state[row_key(row, name)] = ""
     st.session_state[row_key(row, "options")] = []
+    st.session_state[row_key(row, "log")], st.session_state[row_key(row, "how")] = False, BETWEEN
 
 
 def take_upload() -> None:

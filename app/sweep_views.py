@@ -171,7 +171,7 @@ def importances(seen: Seen) -> None:
     if len(names) > 1:
         name = st.segmented_control("For", names, key="sweep.importance", default=name, format_func=LABELS.get) or name
     try:
-        shares = sweeps.importances(seen, seen.name, str(lab.runs_dir()), name, len(seen.complete()))
+        shares = sweeps.importances(seen, name)
     except SweepError as error:
         st.caption(parts.plain(str(error).capitalize()) + ".")
         return

@@ -174,9 +174,14 @@ def _study(folder: Path, name: str, inode: tuple[int, ...]) -> Study:
     return sweep.load(name, folder)
 
 
-@st.cache_data(show_spinner=False, max_entries=64)
-def importances(_seen: Seen, name: str, folder: str, objective: str, complete: int) -> dict[str, float]:
+def importances(seen: Seen, objective: str) -> dict[str, float]:
     """Shares of the fields in one objective. :class:`SweepError` where there are too few trials."""
+    database = sweep.folder(lab.runs_dir(), seen.name) / sweep.DATABASE
+    return _importances(seen, str(database), lab.stamp(database)[-1:], objective, len(seen.complete()))
+
+
+@st.cache_data(show_spinner=False, max_entries=64)
+def _importances(_seen: Seen, database: str, inode: tuple[int, ...], objective: str, complete: int) -> dict[str, float]:
     try:
         with one_line():
             return sweep.importances(_seen.study, objective)

@@ -50,9 +50,11 @@ def samples(run: Run) -> list[dict[str, Any]]:
 def strip(run: Run) -> str:
     """CPU, memory and GPU at this moment, in one line."""
     last = next(iter(lab.lines(run, SYSTEM)[-1:]), None)
-    if system.is_sample(last) and time.time() - last["time"] < FRESH:
-        return " · ".join(now(last))
-    return "CPU, memory and GPU: the first figures come a few seconds after the start."
+    if not system.is_sample(last):
+        return "CPU, memory and GPU: the first figures come a few seconds after the start."
+    age = time.time() - last["time"]
+    old = [] if age < FRESH else [f"{parts.duration(age)} ago"]
+    return " · ".join(now(last) + old)
 
 
 def now(record: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import streamlit as st
 
 from app import curve_views, forms, lab, live, mask_views, pace, parts, system_views
 from prunedm.failure import DISK_FULL
+from prunedm.recipe import Recipe, flatten
 from prunedm.records import RESUMABLE, STAGE_LABELS
 from prunedm.store import SYSTEM, Run, stage_step
 
@@ -97,9 +98,9 @@ def failure(card: lab.Card) -> None:
     """Cause in plain words, what to do in one press, and the log folded. Resume stands above, beside the state."""
     st.error(f"**Why it failed:** {parts.plain(card.state.error)}")
     with st.container(horizontal=True):
-        if card.state.remedy:
-            try_again(card, card.state.remedy, "try again")
-        if card.state.error == DISK_FULL and st.button(
+        if changes := numbers(card.state.remedy):
+            try_again(card, changes, "try again")
+        if str(card.state.error).endswith(DISK_FULL) and st.button(
             "Free some space in Runs", type="primary", help="Delete runs there and empty the trash, then resume."
         ):
             st.switch_page(lab.page("runs"))
@@ -110,9 +111,9 @@ def failure(card: lab.Card) -> None:
 
 
 def numbers(changes: Any) -> dict[str, float]:
-    """Fields and their values, as far as a file says such."""
-    found = changes.items() if isinstance(changes, dict) else ()
-    return {field: value for field, value in found if isinstance(value, int | float)}
+    """Fields of a recipe and their values, as far as a file says such."""
+    found, known = changes.items() if isinstance(changes, dict) else (), flatten(Recipe().model_dump())
+    return {field: value for field, value in found if field in known and type(value) in (int, float)}
 
 
 def try_again(card: lab.Card, changes: dict[str, Any], key: str) -> None:
@@ -218,7 +219,8 @@ is_live = card.active
 with parts.said():
     header(card)
 if card.status == "failed":
-    failure(card)
+    with parts.said():
+        failure(card)
 elif card.status == "interrupted":
     st.info(
         "The process that worked on this run is gone: it crashed, or was ended. Resume goes on from its checkpoint."

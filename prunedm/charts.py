@@ -108,13 +108,15 @@ def lines(x: np.ndarray, y: np.ndarray, name: str, color: str, smoothing: float)
     return [line | {"y": y[keep].tolist()} | shadow, line | {"y": smooth, "line": {"color": color, "width": 2}}]
 
 
-def thinned(count: int) -> slice:
-    """Every so many-th of so many points, so that a trace has :data:`LARGEST_TRACE` at most."""
-    return slice(None, None, max(1, -(-count // LARGEST_TRACE)))
+def thinned(count: int) -> np.ndarray:
+    """Places of at most :data:`LARGEST_TRACE` of so many points: every so many-th, which a point more does not move,
+    and the last."""
+    places = np.arange(0, count, max(1, -(-count // (LARGEST_TRACE - 1))))
+    return places if count == 0 or places[-1] == count - 1 else np.append(places, count - 1)
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of these, two at least, evenly spread, the first and the last among them."""
+    """At most ``most`` (2 or more) of these, evenly spread, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import parallel, store
+from . import owner, parallel, store
 from .jobs import Line, load_engine, made, require_inputs
 from .recipe import Recipe
 from .records import RunState
@@ -38,6 +38,8 @@ RETRIES = 3  # of a run whose worker died
 PATIENCE = 60.0  # seconds that a worker waits for the one before it to be gone
 LOOK_EVERY, BEAT_EVERY = 0.5, 30.0  # seconds between two looks at the tasks, and two signs of life of those that wait
 STARTING = 120.0  # seconds for a cluster to start or to answer
+PARENT = "PRUNEDM_TASK"  # the variable with the pid of the worker that a rank belongs to
+LAST_SAID = 8000  # characters of what ranks said that go into the run's log
 SENT, LOST = "sent", "worker_lost"  # events of a run
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
@@ -130,7 +132,12 @@ class RayExecutor(Line):
     def put(self, run: Run) -> None:
         """Make a task of a run that is claimed as *queued* by this process."""
         wanted = run.recipe().resources
-        if not any(one["cpus"] >= wanted.cpus and one["gpus"] >= wanted.gpus for one in self.machines()):
+        try:
+            machines = self.machines()
+        except Exception as error:  # noqa: BLE001  (whatever Ray raises of a cluster that is gone)
+            run.end(run.state(), "interrupted", f"{self._no_answer(error)}; resume once it does")
+            raise ClusterError(self._no_answer(error)) from error
+        if not any(one["cpus"] >= wanted.cpus and one["gpus"] >= wanted.gpus for one in machines):
             text = f"no machine of the cluster has {wanted.cpus} CPUs and {wanted.gpus:g} GPUs: the run waits for one"
             run.event("alert", stage="", step=0, what="no such machine", text=text, remedy="ask for less in resources")
             run.log(f"ALERT: {text}")
@@ -189,23 +196,25 @@ class RayExecutor(Line):
         while not self._closing.is_set():
             try:
                 self._wait()
-                self._look_at_tasks()
-                self.trouble = ""
+                if self._look_at_tasks():
+                    self.trouble = ""
             except Exception as error:  # noqa: BLE001  (the thread must live: runs wait for what it does next)
-                self._meet_trouble(error)
+                self._note_trouble(error)
             if time.monotonic() - beaten > BEAT_EVERY:
                 beaten = time.monotonic()
                 self._beat()
         if is_ours:
             ray.shutdown()
 
-    def _meet_trouble(self, error: Exception) -> None:
+    def _note_trouble(self, error: Exception) -> None:
         """What Ray raises of a cluster that does not answer: said once, and tried again."""
-        words = f"the Ray cluster {self.address} does not answer ({type(error).__name__}: {one_line(error)})"
-        if words != self.trouble:
-            self.trouble = words
-            LOG.error("%s; its runs are looked at again as soon as it does", words)
+        if not self.trouble:
+            LOG.error("%s; its runs are looked at again as soon as it does", self._no_answer(error))
+        self.trouble = self._no_answer(error)
         self._closing.wait(LOOK_EVERY)
+
+    def _no_answer(self, error: Exception) -> str:
+        return f"the Ray cluster {self.address} does not answer ({type(error).__name__}: {one_line(error)})"
 
     def _wait(self) -> None:
         """For a task to end, or for a moment."""
@@ -230,13 +239,14 @@ class RayExecutor(Line):
             return False
         return True
 
-    def _look_at_tasks(self) -> None:
+    def _look_at_tasks(self) -> bool:
+        """Whether there were any, and so the cluster has answered."""
         import ray
 
         with self._lock:
             tasks = dict(self._tasks)
         if not tasks:
-            return
+            return False
         ended = set(ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=0)[0])
         for run_id, task in tasks.items():
             run = Run(self.runs_dir / run_id)
@@ -247,6 +257,7 @@ class RayExecutor(Line):
                     self._look_at(run)
             if task in ended:
                 self._forget(run_id)
+        return True
 
     def _look_at(self, run: Run) -> None:
         """Where a run is that Ray has not ended: waiting, worked on, or lost with its worker."""
@@ -293,7 +304,10 @@ class RayExecutor(Line):
             if isinstance(error, Busy):  # Ray's error is of the cause's type too
                 run.log(f"not gone on with: {_last_line(error)}")
                 return  # the worker that has the run says what becomes of it
-            status, cause = "failed", f"the task failed on the cluster: {_last_line(error)}"
+            if isinstance(error, RanksDied):
+                status, cause = "interrupted", f"its ranks died {RETRIES + 1} times ({_last_line(error)})"
+            else:
+                status, cause = "failed", f"the task failed on the cluster: {_last_line(error)}"
         except ray.exceptions.RayError as error:
             status, cause = "interrupted", f"its workers died {RETRIES + 1} times ({_last_line(error)})"
         with run.lock():
@@ -351,24 +365,36 @@ def ranks_of(recipe: Recipe) -> int:
 
 
 def _launched(run: Run, ranks: int) -> str:
-    """Ranks of this machine at work on a run: the status that they leave. RanksDied where they leave none."""
+    """Ranks of this machine at work on a run: the status that they leave. RanksDied where they leave none, and Busy
+    where another worker has the run."""
+    with run.lock(PATIENCE):
+        pass  # the ranks could not say so
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launcher, "-m", "prunedm.cluster", str(run.folder)]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    threads = max(1, run.recipe().resources.cpus // ranks)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     state = run.state()
-    if state.status not in ("done", "stopped", "failed"):
-        run.log(f"its {ranks} ranks left it {state.status}; the last that they said:\n{ended.stdout[-2000:]}")
+    if state.status not in ("done", "stopped", "failed") and _times_lost(run) <= RETRIES:
+        said = ended.stdout.decode(errors="replace")[-LAST_SAID:]
+        run.log(f"its {ranks} ranks left it {state.status}; the last that they said:\n{said}")
         raise RanksDied(f"the {ranks} ranks of run {run.id} died (exit status {ended.returncode}); see its log")
     return state.status
+
+
+def _end_with(parent: int) -> None:
+    """End this rank when the worker that had it started is gone: what it reserved is another's by then. A launcher
+    that is killed ends no rank, and Ray does not know of them."""
+    began = owner.began(parent)
+    while began is not None and owner.began(parent) == began:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def take_back(run: Run, state: RunState) -> bool:
     """A run whose worker died waits for another one, if there were not too many before. The run's lock is held."""
     run.event(LOST, host=state.host, pid=state.pid)
-    events = run.events()
-    sent = max((i for i, event in enumerate(events) if event["kind"] == SENT), default=0)
-    lost = sum(event["kind"] == LOST for event in events[sent:])
-    if lost > RETRIES:  # Ray itself would retry for ever a task that uses all memory
+    if (lost := _times_lost(run)) > RETRIES:  # Ray itself would retry for ever a task that uses all memory
         cause = f"its worker died {lost} times, the last one on {state.host}; give it more memory, or smaller batches"
         run.end(state, "interrupted", f"{cause}, and resume")
         run.log(cause)
@@ -378,10 +404,21 @@ def take_back(run: Run, state: RunState) -> bool:
     return True
 
 
+def _times_lost(run: Run) -> int:
+    """How many workers of a run died since it was sent."""
+    events = run.events()
+    sent = max((i for i, event in enumerate(events) if event["kind"] == SENT), default=0)
+    return sum(event["kind"] == LOST for event in events[sent:])
+
+
 def require_reserved(recipe: Recipe) -> None:
     """:class:`ClusterError` when a run would use a GPU that it does not reserve, or not use one that it does."""
     device, gpus = recipe.device, recipe.resources.gpus
     kind, _, number = device.partition(":")
+    if kind in ("cpu", "mps") and gpus > 0:
+        raise ClusterError(
+            f"device={device} uses no GPU and resources.gpus={gpus:g} reserves some; set resources.gpus=0"
+        )
     if kind == "cuda" and gpus == 0:
         raise ClusterError(f"device={device} needs a GPU and resources.gpus=0 reserves none; set resources.gpus=1")
     if number and (int(number) or gpus > 1):
@@ -401,5 +438,6 @@ def _last_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":  # one of the ranks of a task
+    threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     parallel.join()
     parallel.leave(0 if _work(Run(Path(sys.argv[1]))) == "done" else 1)

@@ -16,15 +16,16 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from . import owner, store
 from .logs import LOGGER
 from .recipe import Recipe
-from .records import ACTIVE, Step
+from .records import ACTIVE, RunState, Step
 from .store import Run
 
 Stop = Callable[[], bool]
@@ -236,6 +237,17 @@ def through(executor: Executor, poll: float = 1.0) -> Execute:
     return execute
 
 
+def _steps(lines: Iterable[bytes], state: RunState) -> list[Step]:
+    """Steps as their lines tell them. Of a stage that the run has left its last step is the number of them."""
+    found = []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            found.append(Step(record.pop("stage"), record.pop("step"), state.of, record))
+    last = {step.stage: step.step for step in found}
+    return [step if step.stage == state.stage else replace(step, of=last[step.stage]) for step in found]
+
+
 def follow(run: Run, on_step: OnStep, stop: Stop, executor: Executor, poll: float) -> str:
     """Wait for a run that an executor holds, and return its final status.
 
@@ -253,11 +265,8 @@ def follow(run: Run, on_step: OnStep, stop: Stop, executor: Executor, poll: floa
             file.seek(position)
             whole = file.read().rpartition(b"\n")
             position += len(whole[0]) + len(whole[1])
-        for line in whole[0].splitlines() if size else ():
-            with suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                stage = record.pop("stage")
-                on_step(Step(stage, record.pop("step"), state.of if stage == state.stage else 0, record))
+        for step in _steps(whole[0].splitlines() if size else (), state):
+            on_step(step)
         if state.status not in ACTIVE and not is_held:
             return state.status
         if stop() and not asked:

@@ -41,6 +41,9 @@ IN_RECIPE = {  # variable -> (value that asks for nothing, what the recipe has i
 }
 
 
+RANKS_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # torchrun's, Open MPI's, MPICH's
+
+
 class LaunchError(ValueError):
     """Processes that were started in a way that a run cannot work in, in one line."""
 
@@ -89,8 +92,8 @@ def launched() -> int:
 
 
 def ranks_here() -> int:
-    """How many of them are on this machine, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or launched())
+    """How many of them are on this machine, as the launcher says; all of them where it does not."""
+    return int(next(filter(None, map(os.environ.get, RANKS_HERE)), launched()))
 
 
 def join() -> None:
@@ -166,14 +169,14 @@ def own_device(device: torch.device) -> torch.device:
         return device
     import torch
 
+    if device.index is not None:
+        raise ValueError(f"device={device} is one GPU and {_Ranks.size} ranks need one each; use device: cuda")
     there = torch.cuda.device_count()
     if there < ranks_here():
         raise ValueError(
-            f"device={device} gives each rank a GPU of its own, and {ranks_here()} ranks share {there} here; launch "
-            f"{there} of them, or set device: cpu"
+            f"each rank needs a GPU of its own, and {ranks_here()} ranks share {there} on this machine; launch {there} "
+            "a machine, or set device: cpu"
         )
-    if device.index is not None:
-        raise ValueError(f"device={device} is one GPU and {_Ranks.size} ranks need one each; use device: cuda")
     return type(device)("cuda", _Ranks.local)
 
 

@@ -49,7 +49,8 @@ def work(
     with training.memory_kept(), system.sampled(run), artifacts.mirrored(run):
         status = _work(run, on_step, stop)
     if status in ("done", "stopped"):
-        parallel.meet()  # or a launcher, seeing one rank gone, would end rank 0 in its last copies
+        with suppress(parallel.RankLost):  # the ending is recorded
+            parallel.meet()  # or a launcher, seeing one rank gone, would end rank 0 in its last copies
     return status
 
 
@@ -72,6 +73,7 @@ def _work(run: Run, on_step: Callable[[Step], None], stop: Callable[[], bool]) -
     except (Exception, SystemExit) as cause:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
         status, error, remedy = "failed", *_explained(run, cause, state.stage)
     session.work = None  # the memory of models goes back before the ending is told
+    status, error, remedy = run.ending(status, error, remedy)
     with suppress(OSError):
         session.writer.flush()
         run.event(status, error=error)

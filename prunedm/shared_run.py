@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LAST_WORDS = 2.0  # seconds that rank 0 has to record its own ending
+LAST_COPIES = 600.0  # seconds that it has for what it copies after that
 RANK_FAILED = "rank_failed"  # an event of the rank that failed, not of rank 0
 
 
@@ -87,29 +88,31 @@ class SharedRun(Run):
     def end(self, state: RunState, status: Status, error: str | None, remedy: dict[str, Any] | None = None) -> None:
         """As Run does. A rank that failed by itself leaves its reason, as rank 0 only sees that it is gone; ranks that
         lost rank 0 say so in its place."""
-        if parallel.is_lost() and parallel.is_writer():
-            error, remedy = self._reason(error, remedy)
         super().end(state, status, error, remedy)
         if parallel.is_writer():
             return
         if parallel.is_lost():
             self._tell_of_rank_0()
-        elif error is not None and not self._is_said_by_rank_0(error):
-            _say(error)
+        elif error is not None:
             record = {"time": round(time.time(), 3), "kind": RANK_FAILED, "rank": parallel.rank()}
-            with suppress(OSError):  # it has been said
+            with suppress(OSError):  # it is said
                 Run.append(self, EVENTS, [record | {"error": error, "remedy": remedy or {}}])
+            if self._is_said_by_rank_0(error):
+                self._wait_for_rank_0()
+            else:
+                _say(error)
 
-    def _reason(self, error: str | None, remedy: dict[str, Any] | None) -> tuple[str | None, dict[str, Any] | None]:
-        """What the rank that is gone left of why, since the run was begun; else what is known already."""
+    def ending(self, status: Status, error: str | None, remedy: dict[str, Any]) -> tuple[Status, str | None, Any]:
+        """As rank 0 records it that lost another: for that one's reason, left since the run was begun. One that left
+        none was killed, and the run is interrupted."""
+        if not (parallel.is_lost() and parallel.is_writer()):
+            return status, error, remedy
         events = self.events()
         began = max((i for i, event in enumerate(events) if event.get("kind") == "started"), default=0)
         for event in events[began:]:
             if event.get("kind") == RANK_FAILED:
-                error, remedy = f"rank {event['rank']}: {event['error']}", event["remedy"]
-                self.log(f"failed: {error}")
-                break
-        return error, remedy
+                return "failed", f"rank {event['rank']}: {event['error']}", event["remedy"]
+        return "interrupted", error, remedy
 
     def _last_words(self) -> RunState:
         """What rank 0 has recorded once it had time to."""
@@ -123,6 +126,11 @@ class SharedRun(Run):
         with suppress(StoreError, OSError):
             return self._last_words().error == error
         return False
+
+    def _wait_for_rank_0(self) -> None:
+        """Until it gives the run back: a launcher that sees a rank fail would end it in its last copies."""
+        with suppress(StoreError, OSError), Run.lock(self, LAST_COPIES):
+            pass
 
     def _tell_of_rank_0(self) -> None:
         """Where rank 0 is dead nobody else says how the run ended; one that lives does so itself."""

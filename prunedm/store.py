@@ -155,6 +155,10 @@ class Run:
         if state.status in ACTIVE and not owner.is_this_process(state):
             raise Busy(f"run {self.id} is {state.status} by {owner.words(state)}; wait for it or stop it")
 
+    def ending(self, status: Status, error: str | None, remedy: dict[str, Any]) -> tuple[Status, str | None, Any]:
+        """How the run ends, where another than this process may know better."""
+        return status, error, remedy
+
     def end(self, state: RunState, status: Status, error: str | None, remedy: dict[str, Any] | None = None) -> None:
         """Record how the work on the run ended; ``remedy`` as in RunState.
 

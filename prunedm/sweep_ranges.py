@@ -68,8 +68,8 @@ class Range(Section):
             raise ValueError(f"step={step} must be above 0; leave it out for any value between")
         steps = (self.high - self.low) / step
         if steps < 0.5 or abs(steps - round(steps)) > 1e-6:
-            best = round(self.low + max(1, round(steps)) * step, 9)
-            raise ValueError(f"step={step} does not lead from low={self.low} to high={self.high}; try high={best:g}")
+            best = _rounded(self.low + max(1, round(steps)) * step)
+            raise ValueError(f"step={step} does not lead from low={self.low} to high={self.high}; try high={best}")
 
     def points(self) -> list[Any] | None:
         """All values, or None where there is no end of them."""

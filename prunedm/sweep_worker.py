@@ -243,11 +243,19 @@ class Worker:
                 self._say_once(f"trial {trial.number} waits: {error}")
                 if self._is_stopped(surely=True):
                     trial.set_user_attr(STOPPED, True)
+                    self.tell(f"trial {trial.number} stopped; the sweep goes on with it")
                     raise Unfinished from error
                 time.sleep(self.poll)
-            except ValueError as error:
-                self.tell(f"trial {trial.number}: {error}; its run is begun anew")
-                return False
+            except store.StoreError as error:
+                if not self._is_done(known):  # it may have come to its end just now
+                    self.tell(f"trial {trial.number}: {error}; its run is begun anew")
+                    return False
+
+    @staticmethod
+    def _is_done(run: Run) -> bool:
+        with suppress(store.StoreError):
+            return run.state().status == "done"
+        return False
 
     def _values(self, trial: Trial, run: Run) -> list[float]:
         """The objectives, from the figures of the run's last model."""

@@ -12,6 +12,7 @@ from prunedm.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+THREE = [*TORCHRUN[:-1], "--nproc_per_node=3"]
 PRUNEDM = ["-m", "prunedm"]
 PATIENCE = 300  # seconds, on a busy machine
 

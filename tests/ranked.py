@@ -1,7 +1,7 @@
 """What each rank of test_parallel.py does: trains by every method on the same task, scores channels and weights by what
 images say of them, and keeps what came of it.
 
-torchrun --standalone --nproc_per_node=2 tests/ranked.py FOLDER
+torchrun --standalone --nproc_per_node=2 tests/ranked.py FOLDER [CASE ...]
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ CASES: dict[str, dict[str, Any]] = {
     "reinforce beside weights in parts": {"method": "reinforce", "train_weights": True, "accumulate": 3},
     "reinforce, wide": {"method": "reinforce", "samples": 2, "channels": (32, 64)},
     "gumbel, wide": {"method": "gumbel", "channels": (32, 64)},
+    "fine-tune, distilled": {"method": None, "distill": 0.5},
+    "gumbel, adaptive": {"method": "gumbel", "lr": 0.15, "temperature": "adaptive"},
+    "offset": {"method": "offset", "train_weights": True},
+    "sr-ste": {"method": "sr-ste", "train_weights": True},
+    "reinforce, cached": {"method": "reinforce", "cached_batches": 2},
+    "reinforce, refreshed": {"method": "reinforce", "flip_budget": 0.1, "tracker_decay": 0.0, "lr": 5.0},
+}
+COMPILED = {
+    "gumbel beside weights, compiled": {"method": "gumbel", "train_weights": True, "compiled": True},
 }
 
 CHANNEL_SCORES, WEIGHT_SCORES = ("taylor", "diff-pruning", "activation"), ("fisher", "wanda")
@@ -68,24 +77,29 @@ def trainer(
     channels: tuple[int, int] = (16, 32),
     train_weights: bool = False,
     bf16: bool = False,
+    compiled: bool = False,
+    distill: float = 0.0,
     **spec: Any,
 ) -> tuple[Trainer, MaskedUNet | None]:
     """A short stage, and its masks where it has any."""
     task = task_of(bf16)
     task.accumulate, task.timesteps = accumulate, Timesteps(timesteps, 1000) if timesteps else None
+    task.compiled, task.cycle, task.distill = compiled, spec.get("cached_batches", 0), distill
+    task.teacher = make_unet(block_out_channels=(32, 64)).requires_grad_(False) if distill else None
     unet, window = make_unet(block_out_channels=channels), Window.of(STEPS)
     if method is None:
         weights = Weights(unet.parameters(), SLOW, window)
         return Trainer("finetune", STEPS, task, training.DenseLoss(unet), weights), None
     masked = MaskedUNet(unet.requires_grad_(False), 2, 4, ())
-    learner = learn.METHODS[method](masked, Mask(method=method, flip_budget=0.2, **spec), STEPS, 0)
+    budget = {"flip_budget": 0.2} if method in ("gumbel", "reinforce") else {}
+    learner = learn.METHODS[method](masked, Mask(method=method, train_weights=train_weights, **budget | spec), STEPS, 0)
     weights = Weights(masked.trainable(), SLOW, window) if train_weights else None
     return Trainer("mask", STEPS, task, learner, weights), masked
 
 
 def work(case: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The state after all steps; of each step its figures and a digest of the masks that were worn."""
-    made, masked = trainer(**CASES[case])
+    made, masked = trainer(**(CASES | COMPILED)[case])
     records = []
     for step in made:
         worn = b"" if masked is None else b"".join(mask.numpy().tobytes() for mask in masked.masks())
@@ -97,11 +111,11 @@ def main() -> int:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     parallel.join()
-    for case in CASES:
+    for case in sys.argv[2:] or CASES:
         tensors, records = work(case)
         save_file(tensors, folder / f"{case}.{parallel.rank()}.safetensors")
         (folder / f"{case}.{parallel.rank()}.json").write_text(json.dumps(records))
-    for kind in (*CHANNEL_SCORES, *WEIGHT_SCORES):
+    for kind in (*CHANNEL_SCORES, *WEIGHT_SCORES) if not sys.argv[2:] else ():
         save_file({name: t.contiguous() for name, t in statistics(kind).items()}, folder / f"{kind}.{parallel.rank()}")
     (folder / f"ranks.{parallel.rank()}").write_text(str(parallel.size()))
     return 0

@@ -491,6 +491,19 @@ def test_the_run_picker_can_be_used_twice(with_done, runs):
         assert ids[index].startswith(chosen) and chosen in app.query_params["run"]
 
 
+@pytest.mark.parametrize("remedy", [{"train.lr": "abc"}, {"train.rate": 1}, {"seed": True}, [1], "lower it"])
+def test_a_remedy_that_is_none_breaks_nothing(runs, remedy):
+    run = store.create(runs, recipes.build(recipes.preset("smoke")))
+    run.end(run.state(), "failed", "it went wrong", remedy)
+    app = open_page("monitor")
+    assert not app.exception and "it went wrong" in said(app) and len(app.error) == 1
+    assert not [b.label for b in app.button if b.label.startswith("Try again")] and "Resume" in said_buttons(app)
+
+
+def said_buttons(app):
+    return [b.label for b in app.button]
+
+
 @pytest.mark.in_turn(4)
 @pytest.mark.parametrize(
     "name",

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import browser
@@ -334,16 +335,14 @@ def test_page(page, filled, name):
 @pytest.mark.timeout(120)
 def test_the_login_page(page):
     """As the gate answers it, after a wrong password."""
-    login_page = page.context.new_page()
-    login_page.set_content(login.PAGE.format(title="Log in", fields=f"{login.ASK}<p>This is not the password.</p>"))
-    login_page.evaluate(AXE.read_text())
-    login_page.set_viewport_size(NARROW)
-    for theme in ("light", "dark"):
-        login_page.emulate_media(color_scheme=theme)
-        assert login_page.evaluate(RUN_AXE, EXCLUDED) == [], theme
-    assert login_page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-
-    login_page.close()
+    with closing(page.context.new_page()) as gate:
+        gate.set_content(login.PAGE.format(title="Log in", fields=f"{login.ASK}<p>This is not the password.</p>"))
+        gate.evaluate(AXE.read_text())
+        gate.set_viewport_size(NARROW)
+        for theme in ("light", "dark"):
+            gate.emulate_media(color_scheme=theme)
+            assert gate.evaluate(RUN_AXE, EXCLUDED) == [], theme
+        assert gate.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 # --- by keyboard ---------------------------------------------------------------------------------------

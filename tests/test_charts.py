@@ -74,6 +74,14 @@ def test_the_pair_of_a_mask_zooms_as_one_and_shares_no_space(narrow):
     assert json.dumps(drawn)
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 999, 1000, 1001, 1999, 100_000])
+def test_a_long_trace_is_thinned_and_keeps_its_ends(count):
+    places = charts.thinned(count)
+    assert len(places) <= charts.LARGEST_TRACE and len(set(places)) == len(places)
+    assert list(places[:1]) == [0][:count] and list(places[-1:]) == [count - 1][:count]
+    assert len(places) >= min(count, charts.LARGEST_TRACE // 2)
+
+
 def test_a_tracker_that_was_never_recorded_has_no_points():
     steps = Steps.of([{"stage": "mask", "step": i, "tracker.0": float("nan")} for i in range(1, 4)])
     (trace,) = charts.tracker_by_bin(steps, 1000, "run")["data"]

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from prunedm.__main__ import main
 from prunedm.cluster import ClusterError, RayExecutor
 from prunedm.executors import Choice
 from prunedm.recipe import Recipe
-from prunedm.records import ACTIVE
+from prunedm.records import ACTIVE, RunState
 from prunedm.store import Run
 
 PATIENCE = 300  # seconds, on a machine that does much else
@@ -156,6 +157,15 @@ def test_a_run_is_followed_as_if_it_were_here(executor, micro):
     assert run.evaluation()["nm"]["validation_loss"] > 0 and run.report_path.exists()
 
 
+def test_steps_of_stages_that_went_by_between_two_looks_have_their_number():
+    """Else the progress bar of a quick stage would never be drawn."""
+    told = [("finetune", 1), ("finetune", 2), ("mask", 1), ("mask", 2), ("mask", 3), ("recover", 1)]
+    lines = [json.dumps({"stage": stage, "step": step, "loss": 0.1}).encode() for stage, step in told]
+    found = jobs._steps([*lines, b"torn {"], RunState(stage="recover", of=9))
+    assert [(step.stage, step.step) for step in found] == told
+    assert [step.of for step in found] == [2, 2, 3, 3, 3, 9] and found[0].values == {"loss": 0.1}
+
+
 @pytest.mark.slow
 def test_run_by_ray_is_one_command_that_ends_with_its_figures(two_cpus, micro, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -224,6 +234,7 @@ def test_an_address_without_ray_and_ray_under_a_launcher_are_refused(tmp_path, m
         ("cuda:1", 1, "device=cuda$"),
         ("cuda:0", 2, "device=cuda$"),
         ("cuda:0", 0.5, None),
+        ("cpu", 4, "resources.gpus=0"),
         ("cuda", 2, None),
         ("auto", 0, None),
     ],
@@ -256,6 +267,10 @@ def test_a_task_of_several_gpus_is_worked_on_by_as_many_ranks(micro, tmp_path, m
     assert cluster.work(str(run.folder)) == "done"
     (started,) = [event for event in run.events() if event["kind"] == "started"]
     assert started["ranks"] == 2 and run.evaluation()["nm"]["validation_loss"] > 0
+    refused = store.create(tmp_path, micro(name="refused"))
+    with refused.lock(), monkeypatch.context() as patch, pytest.raises(store.Busy):
+        patch.setattr(cluster, "PATIENCE", 0.0)
+        cluster.work(str(refused.folder))
     dies = store.create(tmp_path, micro(name="dies"))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(cluster.RanksDied, match="the 2 ranks of run"):
@@ -281,6 +296,34 @@ def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch,
     monkeypatch.setattr(executor, "_wait", real)
     assert ended(run) == "done" and until(lambda: not executor.held()) and executor.trouble == ""
     assert sum("does not answer" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.slow
+def test_ranks_end_with_the_worker_that_had_them_started(micro, tmp_path):
+    """It is killed; they would go on with what Ray takes to be free, and hold the run's lock."""
+    run = store.create(tmp_path, micro(mask={"steps": 5000}))
+    code = f"from prunedm import cluster; cluster.ranks_of = lambda recipe: 2; cluster.work({str(run.folder)!r})"
+    worker = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(cluster.ROOT)})
+    try:
+        at_work(run, "mask", 1)
+        worker.kill()
+        worker.wait()
+        assert until(lambda: run.state().status == "interrupted")
+    finally:
+        worker.kill()
+    with run.lock(30):
+        assert cluster.take_back(run, run.state())
+
+
+def test_a_cluster_that_is_gone_takes_no_run(executor, monkeypatch, micro):
+    def gone():
+        raise ConnectionError("the head node is gone")
+
+    monkeypatch.setattr(executor, "machines", gone)
+    with pytest.raises(ClusterError, match="does not answer"):
+        executor.submit(micro())
+    (run,) = store.all_runs(executor.runs_dir)
+    assert run.state().status == "interrupted" and "resume once it does" in run.state().error
 
 
 def test_a_run_that_another_worker_has_is_left_to_it(executor, micro, monkeypatch):

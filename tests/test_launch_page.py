@@ -84,6 +84,25 @@ def test_a_fault_in_a_fold_opens_it(runs, open_folds):
     assert len(opened) == 1 and len(opened[0].error) == 1
 
 
+@pytest.mark.parametrize("field", ["mask.layers", "mask.lr"])
+def test_a_mapping_where_none_fits_is_a_fault_like_any_other(runs, open_folds, field):
+    app = open_folds(open_page(), "mask")
+    app.text_input(key=f"recipe.{field}").set_value("mid_block.*: 1:4").run()
+    assert not app.exception and app.error and "Balanced" in [b.label for b in app.button]
+    app.text_input(key=f"recipe.{field}").set_value("").run()
+    assert not app.error
+
+
+def test_an_arrow_of_a_small_number_adds_nothing_of_ours(runs, open_folds):
+    app = open_page()
+    for section in forms.FOLDED:
+        app.session_state[f"launch.fold.{section}"] = True
+    app.run()
+    steps = {path: app.number_input(key=f"recipe.{path}").step for path in ("mask.sr_decay", "train.ema", "train.lr")}
+    assert not any(step == forms.STEP for step in steps.values()), steps
+    assert app.number_input(key="recipe.prune.target").step == forms.STEP
+
+
 # --- files and earlier runs ----------------------------------------------------------------------
 def upload(app, content, name="mine.yaml"):
     app.file_uploader[0].set_value((name, content, "application/yaml")).run()

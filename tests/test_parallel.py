@@ -38,15 +38,35 @@ def records(folder: Path, case: str, rank: int) -> list[dict]:
 
 @pytest.mark.parametrize("case", [case for case in ranked.CASES if "wide" not in case and "bf16" not in case])
 def test_two_ranks_with_half_the_batch_each_equal_one_with_all_of_it(two_ranks, case):
+    equal_one_rank(two_ranks, case)
+
+
+def equal_one_rank(folder: Path, case: str) -> None:
     tensors, alone = ranked.work(case)
-    found = load_file(two_ranks / f"{case}.0.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
+    found = load_file(folder / f"{case}.0.safetensors")
+    not_told = {name for name in tensors if name.startswith("cached.")}  # of a rank's own slices
+    assert found.keys() == tensors.keys() - not_told
+    for name, tensor in ((name, tensor) for name, tensor in tensors.items() if name not in not_told):
         atol = 1e-5 * max(1.0, float(tensor.float().abs().max()))  # a small entry may be the sum of large ones
         torch.testing.assert_close(found[name], tensor, atol=atol, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    for ours, theirs in zip(alone, records(two_ranks, case, 0), strict=True):
+    for ours, theirs in zip(alone, records(folder, case, 0), strict=True):
         assert theirs["masks"] == ours["masks"]
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_with_compiled_networks_equal_one(tmp_path):
+    ended = launch([*TORCHRUN, "tests/ranked.py", str(tmp_path), *ranked.COMPILED])
+    assert ended.returncode == 0, ended.stderr
+    for case in ranked.COMPILED:
+        equal_one_rank(tmp_path, case)
+
+
+def test_the_case_of_a_reference_that_is_refreshed_is_one(two_ranks):
+    found = load_file(two_ranks / "reinforce, refreshed.0.safetensors")
+    _, masked = ranked.trainer(**ranked.CASES["reinforce, refreshed"])
+    assert any(not torch.equal(found[f"reference.{i}"], bank.initial) for i, bank in enumerate(masked.banks))
 
 
 @pytest.mark.parametrize(("case", "apart"), [("fine-tune, bf16", 0.02), ("gumbel, bf16", 0.1)])
@@ -138,13 +158,22 @@ def test_accelerate_launch_on_the_cpu_starts_one_and_the_run_says_so(micro, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_that_one_rank_began_is_resumed_by_two(micro, tmp_path):
-    """In the middle of stage 2; the result is that of one rank, but for rounding."""
-    recipe = micro(train={"precision": "fp32"}, mask={"method": "gumbel", "lr": 0.15})
+@pytest.mark.parametrize(
+    ("stage", "mask"),
+    [
+        ("mask", {"method": "gumbel", "lr": 0.15}),
+        ("mask", {"method": "reinforce", "cached_batches": 2}),
+        ("mask", {"method": "reinforce", "train_weights": True}),
+        ("finetune", {"method": "gumbel"}),
+    ],
+)
+def test_a_run_that_one_rank_began_is_resumed_by_two(micro, tmp_path, stage, mask):
+    """In the middle of a stage; the result is that of one rank, but for rounding."""
+    recipe = micro(train={"precision": "fp32"}, mask=mask)
     pipeline.execute(store.create(tmp_path / "whole", recipe))
     run, steps = store.create(tmp_path / "resumed", recipe), []
-    pipeline.execute(run, steps.append, lambda: bool(steps) and (steps[-1].stage, steps[-1].step) == ("mask", 3))
-    assert run.has_checkpoint("mask")
+    pipeline.execute(run, steps.append, lambda: bool(steps) and (steps[-1].stage, steps[-1].step) == (stage, 3))
+    assert run.has_checkpoint(stage)
     assert run.state().status == "stopped"
     ended = launch([*TORCHRUN, *PRUNEDM, "resume", run.id, "--runs-dir", str(run.folder.parent)])
     assert ended.returncode == 0, ended.stderr
@@ -184,7 +213,7 @@ def test_more_ranks_than_gpus_work_on_the_cpu_alone(monkeypatch):
     parallel.join()
     assert made[0]["cpu"] and made[0]["backend"] == "gloo" and parallel.size() == 3
     assert parallel.own_device(torch.device("cpu")) == torch.device("cpu")
-    with pytest.raises(ValueError, match="2 ranks share 1 here; launch 1 of them, or set device: cpu"):
+    with pytest.raises(ValueError, match="2 ranks share 1 on this machine; launch 1 a machine, or set device: cpu"):
         parallel.own_device(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert parallel.own_device(torch.device("cuda")) == torch.device("cuda:1")

@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from launched import PATIENCE, PRUNEDM, TORCHRUN, environment, launch
+from launched import PATIENCE, PRUNEDM, THREE, TORCHRUN, environment, launch
 
 from prunedm import owner, parallel, pipeline, shared_run, store
 from prunedm.__main__ import main
@@ -25,6 +25,18 @@ SAVES_OFTEN = """
 from prunedm import parallel, stages
 from prunedm.__main__ import main
 stages.CHECKPOINT_SECONDS = stages.CHECKPOINT_SHARE = 0.0  # after each step
+if __name__ == "__main__":
+    parallel.leave(main())
+"""
+RAISES = """
+from prunedm import learn, parallel
+from prunedm.__main__ import main
+real = learn.GumbelMasks.step
+def step(self, task, batch, step, train):
+    if step == 3 and parallel.rank() in {ranks}:
+        raise {error}
+    return real(self, task, batch, step, train)
+learn.GumbelMasks.step = step
 if __name__ == "__main__":
     parallel.leave(main())
 """
@@ -107,10 +119,15 @@ def whole(long_masks, tmp_path_factory) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "status", "words"),
-    [(0, "interrupted", "rank 1: rank 0 has died; run "), (1, "failed", "ranks has ended or does not answer")],
+    ("rank", "status", "words", "next_ranks"),
+    [
+        (0, "interrupted", "rank 1: rank 0 has died; run ", [sys.executable]),
+        (1, "interrupted", "ranks has ended or does not answer", THREE),
+    ],
 )
-def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_goes_on(rank, status, words, long_masks, whole, tmp_path):
+def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_or_three_go_on(
+    rank, status, words, next_ranks, long_masks, whole, tmp_path
+):
     with at_work(long_masks, tmp_path) as launcher:
         run = until(launcher, lambda: saved_masks(tmp_path / "runs"))
         kill(launcher, rank)
@@ -122,13 +139,40 @@ def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_goes_on(rank, statu
     assert state.status == status and (rank == 0 or words in state.error), state
     before = run.load_checkpoint("mask")[1]["done"]
     assert 0 < before < 60
-    ended = launch([sys.executable, *PRUNEDM, "resume", run.id, "--runs-dir", str(tmp_path / "runs")])
+    ended = launch([*next_ranks, *PRUNEDM, "resume", run.id, "--runs-dir", str(tmp_path / "runs")])
     assert ended.returncode == 0, ended.stderr
     assert run.state().status == "done"
     first, second = (event for event in run.events() if event["kind"] == "started")
-    assert first["ranks"] == 2 and "finetune" in second["stages_done"] and "mask" not in second["stages_done"]
+    assert (
+        first["ranks"] == 2
+        and second.get("ranks", 1) == (3 if next_ranks is THREE else 1)
+        and "finetune" in second["stages_done"]
+        and "mask" not in second["stages_done"]
+    )
     assert each_step_once(run)
     assert run.evaluation()["nm"]["validation_loss"] == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "error", "told", "remedy"),
+    [
+        ((1,), "MemoryError('no')", "rank 1: out of memory; halve data.batch_size (no)", {"data.batch_size": 4}),
+        ((0, 1), "ValueError('this is wrong')", "this is wrong", {}),
+    ],
+)
+def test_what_a_rank_raises_is_the_runs_error(ranks, error, told, remedy, micro, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(micro().to_yaml())
+    script = tmp_path / "raises.py"
+    script.write_text(RAISES.format(ranks=ranks, error=error))
+    ended = launch([*TORCHRUN, str(script), "run", str(tmp_path / "recipe.yaml"), "--runs-dir", str(tmp_path / "runs")])
+    assert ended.returncode != 0
+    (run,) = store.all_runs(tmp_path / "runs")
+    state = run.state()
+    assert (state.status, state.error, state.remedy) == ("failed", told, remedy)
+    said = " ".join((ended.stdout + ended.stderr).split())
+    times = 2 if ranks == (1,) else 1  # by the rank that failed by itself, and by rank 0 at the run's end
+    assert said.count(told) == times, said
 
 
 @pytest.mark.slow
@@ -171,25 +215,35 @@ def test_a_rank_that_fails_by_itself_leaves_its_reason_and_remedy_to_rank_0(shar
     run = shared(1, is_lost=False)
     run.end(run.state(), "failed", "out of memory; halve data.batch_size (no more)", {"data.batch_size": 32})
     assert "rank 1: out of memory" in capsys.readouterr().err
-    run = shared(0, is_lost=True)
-    run.end(run.state(), "failed", "another of the 2 ranks has ended or does not answer; resume")
-    state = run.state()
-    assert state.error == "rank 1: out of memory; halve data.batch_size (no more)"
-    assert state.remedy == {"data.batch_size": 32} and state.error in run.log_path.read_text()
+    run, lost = shared(0, is_lost=True), "another of the 2 ranks has ended or does not answer; resume"
+    reason = ("failed", "rank 1: out of memory; halve data.batch_size (no more)", {"data.batch_size": 32})
+    assert run.ending("failed", lost, {}) == reason
     run.event("started", ranks=2)
-    run.end(run.state(), "failed", "another of the 2 ranks has ended or does not answer; resume")
-    assert run.state().error.startswith("another of the 2 ranks"), "what an earlier start left is not this one's reason"
+    assert run.ending("failed", lost, {}) == ("interrupted", lost, {}), "what an earlier start left is not its reason"
+    run = shared(0, is_lost=False)
+    assert run.ending("failed", "this is wrong", {}) == ("failed", "this is wrong", {})
 
 
-def test_what_all_ranks_failed_of_is_said_once(shared, capsys):
+def test_what_all_ranks_failed_of_is_said_once(shared, capsys, monkeypatch):
+    monkeypatch.setattr(shared_run, "LAST_WORDS", 0.2)
     run = shared(0, is_lost=False)
     run.end(run.state(), "failed", "loss is nan after step 3", {"mask.lr": 0.1})
     run = shared(1, is_lost=False)
     run.end(run.state(), "failed", "loss is nan after step 3", {"mask.lr": 0.1})
     assert capsys.readouterr().err == ""
-    assert not [event for event in run.events() if event["kind"] == shared_run.RANK_FAILED]
     run.end(run.state(), "failed", "out of memory; halve data.batch_size")
     assert "rank 1: out of memory" in capsys.readouterr().err
+
+
+def test_a_rank_that_said_nothing_leaves_after_rank_0(shared, monkeypatch):
+    """Which may still be copying the run to where its recipe says."""
+    run = shared(0, is_lost=False)
+    run.end(run.state(), "failed", "loss is nan after step 3")
+    waited = []
+    monkeypatch.setattr(store.Run, "lock", lambda run, patience: waited.append(patience) or nullcontext())
+    run = shared(1, is_lost=False)
+    run.end(run.state(), "failed", "loss is nan after step 3")
+    assert waited == [shared_run.LAST_COPIES]
 
 
 def test_a_rank_speaks_for_rank_0_only_where_that_is_dead(shared, monkeypatch, capsys):

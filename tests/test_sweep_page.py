@@ -85,7 +85,7 @@ def swept(runs_dir, execute=None, **changes):
 
 
 def clear():
-    for cached in (lab._jobs, sweeps._sweeps, sweeps._study, sweeps.importances):
+    for cached in (lab._jobs, sweeps._sweeps, sweeps._study, sweeps._importances):
         cached.clear()
 
 
@@ -265,6 +265,28 @@ def test_a_file_of_a_sweep_fills_the_form_in(runs):
     assert len(app.error) == 1 and "\n" not in app.error[0].value
 
 
+def test_a_file_keeps_every_digit_of_its_ranges(runs):
+    exact = {
+        "prune.target": {"low": 0.1234567, "high": 0.6},
+        "mask.steps": {"low": 65536, "high": 1048576, "step": 65536},
+        "train.lr": {"low": 1.2345678e-05, "high": 0.01, "log": True},
+    }
+    text = spec(ranges=exact).to_yaml()
+    app = open_page()
+    upload = app.file_uploader(key="sweep.form.upload")
+    app = sound(upload.upload("mine.yaml", text.encode(), "application/yaml").run())
+    assert not app.error
+    found = sweep_spec.build(sweep_spec.strict_yaml.load(app.code[0].value))
+    assert found == sweep_spec.build(sweep_spec.strict_yaml.load(text))
+
+
+def test_another_field_forgets_what_was_meant_for_the_one_before(runs):
+    app = example(open_page())
+    app.checkbox(key="sweep.form.1.log").set_value(True).run()
+    app = sound(app.selectbox(key="sweep.form.1.field").set_value("train.lr").run())
+    assert not app.checkbox(key="sweep.form.1.log").value and app.text_input(key="sweep.form.1.low").value == ""
+
+
 # --- at work, done, stopped --------------------------------------------------------------------
 def test_a_sweep_is_started_watched_stopped_and_gone_on_with(runs, fake):
     fake.hold.clear()
@@ -350,6 +372,15 @@ def test_one_objective_has_a_best_and_few_trials_no_importances(runs):
     assert "Best: trial" in said(open_page(chart="Pareto front")), "a chart that another sweep has"
 
 
+def test_importances_of_a_sweep_are_not_those_of_the_one_before_of_its_name(runs):
+    swept(runs, trials=12)
+    first = sweeps.importances(sweeps.look("mine"), "validation_loss")
+    shutil.rmtree(sweep.folder(runs, "mine"))
+    swept(runs, trials=12, ranges={"mask.method": ["gumbel", "magnitude"], "mask.n": [1, 2]})
+    second = sweeps.importances(sweeps.look("mine"), "validation_loss")
+    assert second.keys() == {"mask.method", "mask.n"} != first.keys()
+
+
 def test_charts_of_very_many_trials_draw_a_thousand(runs):
     swept(runs, trials=2)
     seen = sweeps.look("mine")
@@ -430,7 +461,7 @@ def test_figures_hold_the_trials(runs):
     assert set(axes["method"]["ticktext"]) == {"gumbel", "magnitude"}
     assert axes["mask.lr"]["ticktext"][0] == "not read"  # by magnitude
     assert all(-4 <= value <= -2 for value in axes["train.lr"]["values"])
-    shares = sweeps.importances(seen, "wide", str(runs), "bytes", 14)
+    shares = sweeps.importances(seen, "bytes")
     assert next(iter(shares)) == "prune.target" and sum(shares.values()) == pytest.approx(1)
 
 

@@ -23,7 +23,7 @@ from fake_runs import fake, other_states  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_sweep_page import swept  # noqa: E402
 
-from prunedm import imports, store  # noqa: E402
+from prunedm import imports, shelf, store, sweep  # noqa: E402
 from prunedm.records import ACTIVE  # noqa: E402
 from prunedm.shelf import Notes  # noqa: E402
 
@@ -126,7 +126,11 @@ def addresses(runs: Path) -> dict[str, str]:
     there = store.all_runs(runs)
     if not there:
         return {f"{page}-empty": page.replace("home", "") for page in EMPTY}
-    found = {"home": ""} | {page: page for page in PAGES} | {name: name.partition("-")[0] for name in ACTS}
+    found = {"home": ""} | {page: page for page in PAGES}
+    if sweep.names(runs):
+        found["sweep-new"] = "sweep"
+    if shelf.trashed(runs):
+        found["runs-ticked"] = "runs"
     for query, tabs in TABS.items():
         found |= {f"{query.partition('?')[0]}-{tab.lower().replace(' ', '-')}": f"{query}={tab}" for tab in tabs}
     for run in there:
@@ -162,7 +166,7 @@ def main() -> None:
         in_each_look(given.runs, given.only)
     for name, picture in ASSETS.items():
         was_taken = given.runs is None if picture == LIVE else not given.only or picture in given.only
-        if was_taken:
+        if was_taken and (OUT / f"{picture}.png").exists():
             to_asset(name)
     print(f"written: {OUT}")
 
