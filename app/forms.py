@@ -77,7 +77,7 @@ FOLDED = {
         "normalize_advantage", "tracker_decay", "refresh", "samples", "antithetic", "cached_batches",
         "sr_decay", "snapshot_every",
     ),
-    "train": ("schedule", "warmup", "clip", "distill", "timesteps", "min_snr", "accumulate", "compile"),
+    "train": ("schedule", "warmup", "clip", "distill", "timesteps", "min_snr", "accumulate", "compile", "shard"),
 }  # fmt: skip
 
 

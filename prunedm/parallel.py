@@ -30,11 +30,11 @@ SMALL = 1 << 16  # numbers: shorter tensors are summed in one message
 LONGEST = 8  # dimensions of a tensor in a message
 LAUNCH = "torchrun --standalone --nproc_per_node=N -m prunedm"
 UNSUPPORTED = {  # what accelerate launch sets -> what it is asked for by
-    "ACCELERATE_USE_FSDP": "--use_fsdp",
     "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
 }
 IN_RECIPE = {  # variable -> (value that asks for nothing, what the recipe has in its place)
+    "ACCELERATE_USE_FSDP": ("false", "train.shard: true"),
     "ACCELERATE_MIXED_PRECISION": ("no", "train.precision: bf16"),
     "ACCELERATE_DYNAMO_BACKEND": ("no", "train.compile: true"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.accumulate"),
@@ -114,8 +114,8 @@ def _require_supported() -> None:
     for variable, option in UNSUPPORTED.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise LaunchError(
-                f"{option} shards a model, and pruning and masks need whole layers on each rank; supported is one copy "
-                "a rank: launch without it, and set train.accumulate where memory is short"
+                f"{option} is not supported; launch without it, and set train.shard (FSDP) or train.accumulate where "
+                "memory is short"
             )
     for variable, (nothing, instead) in IN_RECIPE.items():
         found = os.environ.get(variable, nothing).lower()

@@ -115,6 +115,16 @@ class Train(Section):
         description="losses on held-out images measured in each stage, evenly spaced; sweeps that prune set 4",
     )
     compile: bool = Field(False, description="torch.compile: minutes to begin with, then often quicker on a GPU")
+    shard: bool = Field(
+        False,
+        description="several ranks share stage 1's training state (FSDP) where a copy for each takes too much memory",
+    )
+
+    @model_validator(mode="after")
+    def _shards_as_written(self) -> Train:
+        if self.shard and self.compile:
+            raise ValueError("shard=true gathers layers as they run, which compile=true does not see; choose one")
+        return self
 
 
 SAMPLERS = ("ddim", "ddpm", "dpm-solver++", "euler")

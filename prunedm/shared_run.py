@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LAST_WORDS = 2.0  # seconds that rank 0 has to record its own ending
 LAST_COPIES = 600.0  # seconds that it has for what it copies after that
+SHARDED = "sharded"  # of a checkpoint: whether ranks had it in shards
 RANK_FAILED = "rank_failed"  # an event of the rank that failed, not of rank 0
 
 
@@ -81,8 +82,9 @@ class SharedRun(Run):
             raise Busy(refused)
 
     def save_checkpoint(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """As Run does, once all ranks are seen to hold the same."""
-        parallel.require_same(f"tensors at the checkpoint {name}", tensors.values())
+        """As Run does, once all ranks are seen to hold the same; of what is in shards, rank 0 has gathered all."""
+        if not meta.get(SHARDED):
+            parallel.require_same(f"tensors at the checkpoint {name}", tensors.values())
         self._write_checkpoint(name, tensors, meta)
 
     def end(self, state: RunState, status: Status, error: str | None, remedy: dict[str, Any] | None = None) -> None:

@@ -22,6 +22,7 @@ from . import (
     parallel,
     pictures,
     report_page,
+    sharding,
     store,
     structured,
     unet,
@@ -37,6 +38,7 @@ from .pruned_unet import build, public
 from .recipe import Recipe
 from .records import STAGES, Step
 from .samples import image_seeds
+from .shared_run import SHARDED
 from .stage_recipes import CALIBRATED, FIXED_METHODS
 from .store import Run, StoreError
 from .training import DenseLoss, Learner, Task, Trainer, Weights, Window
@@ -90,7 +92,9 @@ class Pipeline:
         started = time.monotonic()
         if self.trainer is not None:
             self.writer.flush()
-            self.run.save_checkpoint(self.trainer.stage, self.trainer.tensors(), {"done": self.trainer.done})
+            weights = self.trainer.weights
+            meta = {"done": self.trainer.done} | ({SHARDED: True} if weights and weights.is_sharded else {})
+            self.run.save_checkpoint(self.trainer.stage, self.trainer.tensors(), meta)
             self.saved_step = self.trainer.done
         self.saved = time.monotonic()
         self.checkpoint_after = max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * (self.saved - started))
@@ -157,9 +161,26 @@ class Pipeline:
         if not spec.round_steps:
             return
         window = Window((number - 1) * spec.round_steps, number * spec.round_steps)
-        weights = Weights(model.parameters(), self.recipe.train, window)
+        weights = self._weights_of(model, window)
         yield from self._train("prune", of, self._task(), DenseLoss(model), weights, window=window)
         weights.use_average()
+        self.model.unet = sharding.whole_model(model)
+
+    def _weights_of(self, model: torch.nn.Module, window: Window) -> Weights:
+        """A model's weights in training without masks, in shards where the recipe says so and there are ranks."""
+        if self.recipe.train.shard and parallel.size() > 1:
+            self._require_equal_parts()
+            sharding.shard(model)
+        return Weights(model.parameters(), self.recipe.train, window)
+
+    def _require_equal_parts(self) -> None:
+        """ValueError unless each rank passes its slice of a batch in as many parts as the others."""
+        size, of = self.recipe.data.batch_size, self.recipe.train.accumulate
+        if size // parallel.size() < of:
+            raise ValueError(
+                f"train.accumulate={of}: {parallel.size()} ranks that share a model need as many parts each of a batch "
+                f"of {size}; set it to {max(1, size // parallel.size())} or less"
+            )
 
     def _take_pruned(self, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         """The pruned model of a checkpoint in place of the one at hand."""
@@ -173,10 +194,11 @@ class Pipeline:
         tensors, found = self.run.load_checkpoint("pruned")
         self._take_pruned(tensors, found)
         model = self.model.unet.to(self.device)
-        weights = Weights(model.parameters(), self.recipe.train, Window.of(spec.finetune_steps))
+        weights = self._weights_of(model, Window.of(spec.finetune_steps))
         yield from self._train("finetune", spec.finetune_steps, self._task(), DenseLoss(model), weights)
         if spec.finetune_steps:
             weights.use_average()
+        model = sharding.whole_model(model)
         self._save_variant("structured", model.to("cpu"), found)
         self._draw("finetune", spec.finetune_steps, model)
 
@@ -393,8 +415,8 @@ def is_due(step: int, steps: int, times: int) -> bool:
 
 
 def _of_the_moment(learner: Learner) -> torch.nn.Module:
-    """The model as it is now: under the masks that would be chosen."""
+    """The model as it is now: whole on every rank, and under the masks that would be chosen."""
     if not isinstance(learner, FixedMasks):
-        return learner.unet
+        return sharding.whole_model(learner.unet)
     learner.masked.wear(learner.choice())
     return learner.masked.unet

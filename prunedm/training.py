@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from . import diffusion, parallel
+from . import diffusion, parallel, sharding
 from .data import Batches
 from .diffusion import NoisedBatch, Timesteps
 from .failure import Diverged
@@ -230,15 +230,16 @@ class Weights:
             parameter.requires_grad_(True)
         self.spec, self.window = spec, window
         fused = self.parameters[0].device.type in ("cpu", "cuda")
+        self.is_sharded = sharding.is_shard(self.parameters[0])
         self.optimizer = torch.optim.AdamW(self.parameters, lr=spec.lr, weight_decay=0.0, fused=fused)
-        self.ema = EMAModel(self.parameters, decay=spec.ema, foreach=True)
+        self.ema = EMAModel(self.parameters, decay=spec.ema, foreach=not self.is_sharded)
 
     def update(self, step: int) -> dict[str, float]:
         """One optimiser step on the gradients at hand; the figures to record."""
         rate = self.window.rate(self.spec.schedule, self.spec.lr, self.spec.warmup, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.spec.clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.parameters)
@@ -251,22 +252,23 @@ class Weights:
     def tensors(self) -> dict[str, Tensor]:
         found = {}
         for i, parameter in enumerate(self.parameters):
-            found |= {f"weight.{i}": parameter, f"ema.{i}": self.ema.shadow_params[i]}
-            found |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state[parameter].items()}
+            own = {f"weight.{i}": parameter, f"ema.{i}": self.ema.shadow_params[i]}
+            own |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state[parameter].items()}
+            found |= {name: sharding.kept(tensor) for name, tensor in own.items()}
         return found | {"ema_step": torch.tensor(self.ema.optimization_step)}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         for i, parameter in enumerate(self.parameters):
-            parameter.copy_(tensors[f"weight.{i}"])
-            self.ema.shadow_params[i].copy_(tensors[f"ema.{i}"])
+            parameter.copy_(sharding.like(tensors[f"weight.{i}"], parameter))
+            self.ema.shadow_params[i].copy_(sharding.like(tensors[f"ema.{i}"], parameter))
             self.optimizer.state[parameter] = optimizer_state(tensors, f"adam.{i}.", parameter)
         self.ema.optimization_step = int(tensors["ema_step"])
 
 
 def optimizer_state(tensors: dict[str, Tensor], prefix: str, like: Tensor) -> dict[str, Tensor]:
-    """What an optimiser keeps of one parameter (moments, its step counter), on the parameter's device."""
-    return {k.removeprefix(prefix): v.to(like.device) for k, v in tensors.items() if k.startswith(prefix)}
+    """What an optimiser keeps of one parameter (moments, its step counter), as that is kept."""
+    return {k.removeprefix(prefix): sharding.like(v, like) for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def require_finite(what: str, value: float, step: int, stage: str, rates: dict[str, float]) -> None:
@@ -293,8 +295,9 @@ class Learner(Protocol):
 
 
 def gradients(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Those that are there."""
-    return (parameter.grad for parameter in parameters if parameter.grad is not None)
+    """Those that ranks have to sum: gradients of shards are summed as they come."""
+    found = (parameter.grad for parameter in parameters if parameter.grad is not None)
+    return (gradient for gradient in found if not sharding.is_shard(gradient))
 
 
 class DenseLoss:

@@ -19,7 +19,7 @@ from conftest import make_unet  # noqa: E402
 from diffusers import DDPMScheduler  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from prunedm import channel_scores, data, importance, learn, parallel, training  # noqa: E402
+from prunedm import channel_scores, data, importance, learn, parallel, sharding, training  # noqa: E402
 from prunedm.diffusion import Timesteps  # noqa: E402
 from prunedm.masked_unet import MaskedUNet  # noqa: E402
 from prunedm.recipe import Train  # noqa: E402
@@ -43,6 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
     "reinforce, wide": {"method": "reinforce", "samples": 2, "channels": (32, 64)},
     "gumbel, wide": {"method": "gumbel", "channels": (32, 64)},
     "fine-tune, distilled": {"method": None, "distill": 0.5},
+    "fine-tune, sharded": {"method": None, "shard": True},
+    "fine-tune, sharded in parts": {"method": None, "shard": True, "accumulate": 3, "timesteps": "importance"},
+    "fine-tune, sharded, bf16": {"method": None, "shard": True, "bf16": True},
     "gumbel, adaptive": {"method": "gumbel", "lr": 0.15, "temperature": "adaptive"},
     "offset": {"method": "offset", "train_weights": True},
     "sr-ste": {"method": "sr-ste", "train_weights": True},
@@ -79,6 +82,7 @@ def trainer(
     bf16: bool = False,
     compiled: bool = False,
     distill: float = 0.0,
+    shard: bool = False,
     **spec: Any,
 ) -> tuple[Trainer, MaskedUNet | None]:
     """A short stage, and its masks where it has any."""
@@ -87,6 +91,10 @@ def trainer(
     task.compiled, task.cycle, task.distill = compiled, spec.get("cached_batches", 0), distill
     task.teacher = make_unet(block_out_channels=(32, 64)).requires_grad_(False) if distill else None
     unet, window = make_unet(block_out_channels=channels), Window.of(STEPS)
+    if shard and parallel.size() > 1:
+        sharding.shard(unet)
+        held = sum(parameter.to_local().numel() for parameter in unet.parameters())
+        assert held < 0.6 * unet.num_parameters(), "each rank holds about a half"
     if method is None:
         weights = Weights(unet.parameters(), SLOW, window)
         return Trainer("finetune", STEPS, task, training.DenseLoss(unet), weights), None
@@ -104,7 +112,8 @@ def work(case: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     for step in made:
         worn = b"" if masked is None else b"".join(mask.numpy().tobytes() for mask in masked.masks())
         records.append(step.values | {"masks": hashlib.sha256(worn).hexdigest()})
-    return {name: tensor.detach().clone().contiguous() for name, tensor in made.tensors().items()}, records
+    kept = {name: tensor for name, tensor in made.tensors().items() if not tensor.is_meta}
+    return {name: tensor.detach().clone().contiguous() for name, tensor in kept.items()}, records
 
 
 def main() -> int:

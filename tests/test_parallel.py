@@ -15,7 +15,9 @@ import torch
 from launched import PRUNEDM, TORCHRUN, launch, only_run, start_run
 from safetensors.torch import load_file
 
-from prunedm import parallel, pipeline, store
+from prunedm import parallel, pipeline, stages, store
+from prunedm.progress import MetricsWriter
+from prunedm.training import Window
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes=2"]
 STILL = {"prune": {"finetune_steps": 0}, "mask": {"method": "magnitude", "steps": 0, "recover_steps": 0}}
@@ -69,7 +71,9 @@ def test_the_case_of_a_reference_that_is_refreshed_is_one(two_ranks):
     assert any(not torch.equal(found[f"reference.{i}"], bank.initial) for i, bank in enumerate(masked.banks))
 
 
-@pytest.mark.parametrize(("case", "apart"), [("fine-tune, bf16", 0.02), ("gumbel, bf16", 0.1)])
+@pytest.mark.parametrize(
+    ("case", "apart"), [("fine-tune, bf16", 0.02), ("fine-tune, sharded, bf16", 0.02), ("gumbel, bf16", 0.1)]
+)
 def test_two_ranks_in_bf16_equal_one_but_for_its_rounding(two_ranks, case, apart):
     """bf16 keeps 8 bits: a gradient summed from two rounded halves is 2**-8 from the whole one (0.004 is found). A
     gumbel mask whose two best scores are that near flips, one in a thousand, and moves the gradients of later steps
@@ -92,7 +96,8 @@ def test_ranks_hold_the_same_masks_at_each_step_and_the_same_bits_at_the_end(two
     ours, theirs = records(two_ranks, case, 0), records(two_ranks, case, 1)
     assert [r["masks"] for r in ours] == [r["masks"] for r in theirs]
     first, second = (load_file(two_ranks / f"{case}.{rank}.safetensors") for rank in (0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert second and (second.keys() == first.keys() or "sharded" in case), "rank 0 alone gathers what is in shards"
     if case.startswith("reinforce"):
         assert len({r["masks"] for r in ours}) == ranked.STEPS  # each step drew masks of its own
 
@@ -165,11 +170,13 @@ def test_accelerate_launch_on_the_cpu_starts_one_and_the_run_says_so(micro, tmp_
         ("mask", {"method": "reinforce", "cached_batches": 2}),
         ("mask", {"method": "reinforce", "train_weights": True}),
         ("finetune", {"method": "gumbel"}),
+        ("finetune, sharded", {"method": "none"}),
     ],
 )
 def test_a_run_that_one_rank_began_is_resumed_by_two(micro, tmp_path, stage, mask):
     """In the middle of a stage; the result is that of one rank, but for rounding."""
-    recipe = micro(train={"precision": "fp32"}, mask=mask)
+    stage, _, shard = stage.partition(", ")
+    recipe = micro(train={"precision": "fp32", "shard": bool(shard), "validations": 2}, mask=mask)
     pipeline.execute(store.create(tmp_path / "whole", recipe))
     run, steps = store.create(tmp_path / "resumed", recipe), []
     pipeline.execute(run, steps.append, lambda: bool(steps) and (steps[-1].stage, steps[-1].step) == (stage, 3))
@@ -177,18 +184,47 @@ def test_a_run_that_one_rank_began_is_resumed_by_two(micro, tmp_path, stage, mas
     assert run.state().status == "stopped"
     ended = launch([*TORCHRUN, *PRUNEDM, "resume", run.id, "--runs-dir", str(run.folder.parent)])
     assert ended.returncode == 0, ended.stderr
-    expected, found = (only_run(tmp_path / name).evaluation()["nm"] for name in ("whole", "resumed"))
+    last = "structured" if shard else "nm"
+    expected, found = (only_run(tmp_path / name).evaluation()[last] for name in ("whole", "resumed"))
     assert found["nonzero_parameters"] == expected["nonzero_parameters"]
     assert found["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
     recorded = [(r["stage"], r["step"]) for r in run.metrics()]
     assert len(recorded) == len(set(recorded))
 
 
+@pytest.mark.slow
+def test_a_run_in_shards_equals_that_of_one_rank(micro, tmp_path):
+    """Cut in rounds, trained between them and after the last."""
+    recipe = micro(
+        train={"precision": "fp32", "shard": True},
+        prune={"target": 0.3, "rounds": 2, "round_steps": 4, "finetune_steps": 6},
+        mask={"method": "none"},
+    )
+    pipeline.execute(store.create(tmp_path / "whole", recipe))
+    ended = start_run(TORCHRUN, recipe, tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr
+    expected, found = (only_run(tmp_path / name) for name in ("whole", "two"))
+    figures = [run.evaluation()["structured"] for run in (expected, found)]
+    assert figures[1]["parameters"] == figures[0]["parameters"]
+    assert figures[1]["validation_loss"] == pytest.approx(figures[0]["validation_loss"], rel=1e-4)
+    assert found.sample_path("finetune", 3).exists() and found.sample_path("finetune", 6).exists()
+
+
+def test_ranks_that_share_a_model_need_equal_parts(micro, tmp_path, monkeypatch):
+    recipe = micro(train={"shard": True, "accumulate": 5})
+    run = store.create(tmp_path, recipe)
+    made = stages.Pipeline(run, recipe, MetricsWriter(run, run.state()))
+    monkeypatch.setattr(parallel._Ranks, "size", 2)
+    with pytest.raises(ValueError, match=r"train.accumulate=5: 2 ranks .* set it to 4 or less"):
+        made._weights_of(torch.nn.Linear(2, 2), Window.of(3))
+
+
 # --- what a launcher may ask for --------------------------------------------------------------
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
-        ("ACCELERATE_USE_FSDP", "true", "--use_fsdp shards a model"),
+        ("ACCELERATE_USE_FSDP", "true", "train.shard: true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "--use_deepspeed is not supported"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "train.precision: bf16"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile: true"),
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "train.accumulate"),
