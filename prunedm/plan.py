@@ -3,8 +3,9 @@
 What a step does is counted on a UNet without weights (outline.py); what optimiser and masks do, on one small layer
 (upkeep.py); plan_model.py turns that into seconds and bytes.
 
-Data-parallel, as ``torchrun`` does it: the batch is shared out, each rank holds everything, gradients travel by a ring
-and reinforce's loss residual as one number a timestep bin. Nothing overlaps, so communication is not flattered.
+Data-parallel, as ``torchrun`` does it: the batch is shared out, each rank holds everything (but for what
+``train.shard`` has them share), gradients travel by a ring and reinforce's loss residual as one number a timestep bin.
+Nothing overlaps, so communication is not flattered.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from .stage_recipes import CALIBRATED, FIXED_METHODS, INITIALS, Mask
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SHOWN_METHODS = ("gumbel", "reinforce")  # whose communication grows, and whose does not
+SHARED_SENDS = 1.5  # of what gradients alone take: a gather of the weights in each direction, and a share-out
 M0_BYTES = 10.0  # a prunable weight: dense weight, mask and m0, and the scores that choose it
 NOT_COUNTED = [
     "reading data, previews, checkpoints and the cut of stage 1",
@@ -143,14 +145,27 @@ class Planner:
 
     def _finetune(self) -> Stage:
         """Training of all weights without masks, between the cuts and after them."""
-        steps, count, update = forecast.planned(self.recipe), self.structured.parameters, upkeep.of_update()
+        steps, whole, update = forecast.planned(self.recipe), self.structured.parameters, upkeep.of_update()
+        is_shared = self.recipe.train.shard and self.setting.gpus > 1
+        count = whole / self.setting.gpus if is_shared else whole  # of the weights whose state a rank holds
         compute = self._passes() + upkeep_seconds(update, count, self.setting) + self._teacher_seconds()
         fixed = FP32 * count + self._teacher_bytes(), update.held * count
         after = (FP32 + update.transient) * count  # the gradients, and what the update adds
-        return self._stage(
-            ("finetune", "fine-tuning"), steps["prune"] + steps["finetune"], self.batch, compute, fixed,
-            lambda b: max(self._part(b).peak, after), summed_bytes(None, count, self.prunable),
-        )  # fmt: skip
+        summed = summed_bytes(None, whole, self.prunable) * (SHARED_SENDS * self.parts if is_shared else 1)
+
+        def at(batch: float) -> float:
+            part = self._part(batch)
+            passes = part.activations + FP32 * (count + 2 * self._largest_block()) if is_shared else part.peak
+            return max(passes, after)
+
+        name = ("finetune", "fine-tuning in shards" if is_shared else "fine-tuning")
+        return self._stage(name, steps["prune"] + steps["finetune"], self.batch, compute, fixed, at, summed)
+
+    def _largest_block(self) -> int:
+        """Parameters of the block that has most: ranks that share a model gather one at a time, and its gradients."""
+        unet = self.structured.unet
+        blocks = [block for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if block is not None]
+        return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
 
     def _teacher_seconds(self) -> float:
         """Time of the dense model's prediction, where the recipe distils: its forward pass goes with its MACs."""

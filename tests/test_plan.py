@@ -341,6 +341,16 @@ FAULTS = {
 }
 
 
+def test_ranks_that_share_a_model_hold_less_and_send_more():
+    """Of the state a rank holds its part alone; each weight is gathered twice and its gradient shared out once."""
+    alone, shared = (stage(planner(tiny(), 4, train={"shard": shard}), "finetune") for shard in (False, True))
+    assert shared.memory.weights == pytest.approx(alone.memory.weights / 4)
+    assert shared.memory.state == pytest.approx(alone.memory.state / 4)
+    assert shared.memory.total < alone.memory.total and shared.sent == pytest.approx(1.5 * alone.sent)
+    one = [stage(planner(tiny(), 1, train={"shard": shard}), "finetune") for shard in (False, True)]
+    assert one[0].memory == one[1].memory and one[0].sent == one[1].sent == 0
+
+
 @pytest.mark.parametrize("given", FAULTS, ids=" ".join)
 def test_what_cannot_be_planned_is_one_line(given, capsys):
     assert main(["plan", *given]) == 2
