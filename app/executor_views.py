@@ -46,7 +46,8 @@ def state(jobs: Chosen) -> None:
         elif fault := jobs.fault or jobs.trouble():
             st.error(f"{parts.plain(fault)}")
         else:
-            st.caption(words(jobs))
+            with parts.said():  # a cluster may be gone since
+                st.caption(words(jobs))
 
     show()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import shlex
 import types
@@ -289,10 +290,10 @@ def _widget(path: str, field: Any) -> Any:
     return _value(field, given)
 
 
-def _step(field: Any) -> float | None:
-    """What an arrow adds: nothing of ours to a field whose values lie closer together than that."""
+def _step(field: Any) -> float:
+    """What an arrow adds: less to a field whose default lies nearer to 0 or 1 than that."""
     near_an_end = min(field.default, 1 - field.default) if 0 < field.default < 1 else 1.0
-    return STEP if near_an_end >= STEP else None
+    return STEP if near_an_end >= STEP else 10.0 ** math.floor(math.log10(near_an_end / 2))
 
 
 def _value(field: Any, given: Any) -> Any:

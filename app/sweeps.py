@@ -176,12 +176,13 @@ def _study(folder: Path, name: str, inode: tuple[int, ...]) -> Study:
 
 def importances(seen: Seen, objective: str) -> dict[str, float]:
     """Shares of the fields in one objective. :class:`SweepError` where there are too few trials."""
-    database = sweep.folder(lab.runs_dir(), seen.name) / sweep.DATABASE
-    return _importances(seen, str(database), lab.stamp(database)[-1:], objective, len(seen.complete()))
+    folder = sweep.folder(lab.runs_dir(), seen.name)
+    began = [trial.datetime_start for trial in seen.study.get_trials(deepcopy=False)[:1]]  # of another: later
+    return _importances(seen, str(folder), str(began), objective, len(seen.complete()))
 
 
 @st.cache_data(show_spinner=False, max_entries=64)
-def _importances(_seen: Seen, database: str, inode: tuple[int, ...], objective: str, complete: int) -> dict[str, float]:
+def _importances(_seen: Seen, folder: str, began: str, objective: str, complete: int) -> dict[str, float]:
     try:
         with one_line():
             return sweep.importances(_seen.study, objective)

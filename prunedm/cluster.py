@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import owner, parallel, store
+from . import store
+from .cluster_task import RETRIES, SENT, RanksDied, take_back, work
 from .jobs import Line, load_engine, made, require_inputs
-from .recipe import Recipe
-from .records import RunState
+from .recipe import Recipe, Resources
 from .store import Busy, Run, StoreError
 from .untrusted import one_line
 
@@ -34,13 +30,8 @@ INSTALL = (
 )
 LOCAL = "local"  # the address of a cluster of this machine alone, which lives as long as this process
 ROOT = Path(__file__).resolve().parents[1]
-RETRIES = 3  # of a run whose worker died
-PATIENCE = 60.0  # seconds that a worker waits for the one before it to be gone
 LOOK_EVERY, BEAT_EVERY = 0.5, 30.0  # seconds between two looks at the tasks, and two signs of life of those that wait
 STARTING = 120.0  # seconds for a cluster to start or to answer
-PARENT = "PRUNEDM_TASK"  # the variable with the pid of the worker that a rank belongs to
-LAST_SAID = 8000  # characters of what ranks said that go into the run's log
-SENT, LOST = "sent", "worker_lost"  # events of a run
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
     "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",  # else it ends this process a minute after the cluster is gone
@@ -49,10 +40,6 @@ RAY_SETTINGS = {
 
 class ClusterError(ValueError):
     """A cluster that cannot be used, in one line."""
-
-
-class RanksDied(RuntimeError):  # noqa: N818
-    """Ranks that ended without an ending of their run: Ray starts others."""
 
 
 def require_ray() -> None:
@@ -117,10 +104,13 @@ class RayExecutor(Line):
             return list(self._tasks)
 
     def machines(self) -> list[dict[str, float]]:
-        """CPUs and GPUs of each machine of the cluster, used or not."""
+        """CPUs and GPUs of each machine of the cluster, used or not. ClusterError where it does not answer."""
         import ray
 
-        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        try:
+            found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        except Exception as error:  # noqa: BLE001  (whatever Ray raises of a cluster that is gone)
+            raise ClusterError(self._no_answer(error)) from error
         return [{"cpus": one.get("CPU", 0.0), "gpus": one.get("GPU", 0.0)} for one in found]
 
     def close(self) -> None:
@@ -133,11 +123,17 @@ class RayExecutor(Line):
         """Make a task of a run that is claimed as *queued* by this process."""
         wanted = run.recipe().resources
         try:
-            machines = self.machines()
+            task = self._sent(run, wanted)
         except Exception as error:  # noqa: BLE001  (whatever Ray raises of a cluster that is gone)
-            run.end(run.state(), "interrupted", f"{self._no_answer(error)}; resume once it does")
-            raise ClusterError(self._no_answer(error)) from error
-        if not any(one["cpus"] >= wanted.cpus and one["gpus"] >= wanted.gpus for one in machines):
+            run.end(run.state(), "interrupted", f"{one_line(error)}; resume once it does")
+            raise error if isinstance(error, ClusterError) else ClusterError(self._no_answer(error)) from error
+        with self._lock:
+            self._waiting.append(run.id)
+            self._tasks[run.id] = task
+
+    def _sent(self, run: Run, wanted: Resources) -> Any:
+        """The reference of a run's new task."""
+        if not any(one["cpus"] >= wanted.cpus and one["gpus"] >= wanted.gpus for one in self.machines()):
             text = f"no machine of the cluster has {wanted.cpus} CPUs and {wanted.gpus:g} GPUs: the run waits for one"
             run.event("alert", stage="", step=0, what="no such machine", text=text, remedy="ask for less in resources")
             run.log(f"ALERT: {text}")
@@ -151,9 +147,7 @@ class RayExecutor(Line):
             retry_exceptions=[Busy, RanksDied],  # besides workers that die
             runtime_env={"env_vars": _environment(wanted.gpus)},
         )
-        with self._lock:
-            self._waiting.append(run.id)
-            self._tasks[run.id] = task.remote(str(run.folder.absolute()))
+        return task.remote(str(run.folder.absolute()))
 
     def _take_out(self, run: Run) -> bool:
         """End a run that no worker holds; False when one does, or when it is none of this process's."""
@@ -196,7 +190,7 @@ class RayExecutor(Line):
         while not self._closing.is_set():
             try:
                 self._wait()
-                if self._look_at_tasks():
+                if self._look_at_tasks() or (self.trouble and self.machines()):
                     self.trouble = ""
             except Exception as error:  # noqa: BLE001  (the thread must live: runs wait for what it does next)
                 self._note_trouble(error)
@@ -324,93 +318,6 @@ class RayExecutor(Line):
                 Run(self.runs_dir / run_id).beat()
 
 
-# --- on the machine that works -------------------------------------------------------------------
-def work(folder: str) -> str:
-    """The Ray task: run, or go on with, the run in this folder; returns its final status.
-
-    A run that reserves several GPUs is worked on by as many ranks of its machine, which a launcher starts.
-    """
-    run = Run(Path(folder))
-    if not (run.folder / "recipe.yaml").is_file():
-        raise StoreError(f"{socket.gethostname()} sees no {folder}; give all machines of the cluster one --runs-dir")
-    ranks = ranks_of(run.recipe())
-    return _launched(run, ranks) if ranks > 1 else _work(run)
-
-
-def _work(run: Run) -> str:
-    """What this process, or each of the ranks, does on a run."""
-    load_engine()
-    from . import pipeline, shared_run
-
-    own = shared_run.of(run)
-    with own.lock(PATIENCE):
-        ended = parallel.shared(lambda: _ended_or_taken(run))
-        return ended or pipeline.work(own)
-
-
-def _ended_or_taken(run: Run) -> str:
-    """The status of a run that nothing is left to do of; else empty, and the run is this process's from here on."""
-    state = run.state()
-    if state.status in ("done", "stopped", "failed"):
-        return state.status  # stopped while it waited
-    if state.status not in ("queued", "stopping") and not take_back(run, state):
-        return "interrupted"
-    run.claim(state, "queued")
-    return ""
-
-
-def ranks_of(recipe: Recipe) -> int:
-    """How many ranks work on a run of the cluster: one for each GPU that it reserves."""
-    return max(1, math.floor(recipe.resources.gpus))
-
-
-def _launched(run: Run, ranks: int) -> str:
-    """Ranks of this machine at work on a run: the status that they leave. RanksDied where they leave none, and Busy
-    where another worker has the run."""
-    with run.lock(PATIENCE):
-        pass  # the ranks could not say so
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*launcher, "-m", "prunedm.cluster", str(run.folder)]
-    threads = max(1, run.recipe().resources.cpus // ranks)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-    state = run.state()
-    if state.status not in ("done", "stopped", "failed") and _times_lost(run) <= RETRIES:
-        said = ended.stdout.decode(errors="replace")[-LAST_SAID:]
-        run.log(f"its {ranks} ranks left it {state.status}; the last that they said:\n{said}")
-        raise RanksDied(f"the {ranks} ranks of run {run.id} died (exit status {ended.returncode}); see its log")
-    return state.status
-
-
-def _end_with(parent: int) -> None:
-    """End this rank when the worker that had it started is gone: what it reserved is another's by then. A launcher
-    that is killed ends no rank, and Ray does not know of them."""
-    began = owner.began(parent)
-    while began is not None and owner.began(parent) == began:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def take_back(run: Run, state: RunState) -> bool:
-    """A run whose worker died waits for another one, if there were not too many before. The run's lock is held."""
-    run.event(LOST, host=state.host, pid=state.pid)
-    if (lost := _times_lost(run)) > RETRIES:  # Ray itself would retry for ever a task that uses all memory
-        cause = f"its worker died {lost} times, the last one on {state.host}; give it more memory, or smaller batches"
-        run.end(state, "interrupted", f"{cause}, and resume")
-        run.log(cause)
-        return False
-    run.log(f"its worker on {state.host} died; another one goes on from the last checkpoint ({lost} of {RETRIES})")
-    run.claim(state, "queued")
-    return True
-
-
-def _times_lost(run: Run) -> int:
-    """How many workers of a run died since it was sent."""
-    events = run.events()
-    sent = max((i for i, event in enumerate(events) if event["kind"] == SENT), default=0)
-    return sum(event["kind"] == LOST for event in events[sent:])
-
-
 def require_reserved(recipe: Recipe) -> None:
     """:class:`ClusterError` when a run would use a GPU that it does not reserve, or not use one that it does."""
     device, gpus = recipe.device, recipe.resources.gpus
@@ -435,9 +342,3 @@ def _last_line(error: BaseException) -> str:
     """What an error says at its end: Ray puts the whole trace of the other machine before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:200] if lines else type(error).__name__
-
-
-if __name__ == "__main__":  # one of the ranks of a task
-    threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
-    parallel.join()
-    parallel.leave(0 if _work(Run(Path(sys.argv[1]))) == "done" else 1)

@@ -241,7 +241,7 @@ def _steps(lines: Iterable[bytes], state: RunState) -> list[Step]:
     """Steps as their lines tell them. Of a stage that the run has left its last step is the number of them."""
     found = []
     for line in lines:
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
             record = json.loads(line)
             found.append(Step(record.pop("stage"), record.pop("step"), state.of, record))
     last = {step.stage: step.step for step in found}

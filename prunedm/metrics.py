@@ -22,6 +22,7 @@ from .extractors import Extractor
 from .seeds import derive, generator
 
 Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
+AT_ONCE = 256  # real images whose features are computed in one go
 NARROW = 256  # features up to which torch-fidelity's general eigenvalues take under a second
 PER_FEATURE = 10  # images for each feature below which the Frechet distance is mostly bias
 KID_SUBSET, KID_SUBSETS, NEIGHBOURHOOD = 1000, 100, 3  # torch-fidelity's defaults
@@ -292,7 +293,9 @@ def reference_statistics(
     extractor = extractor or extractors.get("bundled", device)
     if is_bundled and extractor.name == "bundled":
         return read_statistics(REFERENCE)
-    return _cached("statistics", images, extractor, lambda: statistics(extract(images.split(256), device, extractor)))
+    return _cached(
+        "statistics", images, extractor, lambda: statistics(extract(images.split(AT_ONCE), device, extractor))
+    )
 
 
 def reference_features(images: Tensor, device: str = "cpu", extractor: Extractor | None = None) -> Tensor:
@@ -302,7 +305,7 @@ def reference_features(images: Tensor, device: str = "cpu", extractor: Extractor
         images = images[torch.randperm(len(images), generator=generator(0, "kernel images"))[:KERNEL_IMAGES]]
 
     def compute() -> dict[str, np.ndarray]:
-        return {"features": extract(images.split(256), device, extractor).numpy()}
+        return {"features": extract(images.split(AT_ONCE), device, extractor).numpy()}
 
     return torch.from_numpy(_cached("features", images, extractor, compute)["features"])
 

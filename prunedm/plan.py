@@ -11,6 +11,7 @@ Nothing overlaps, so communication is not flattered.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -155,17 +156,19 @@ class Planner:
 
         def at(batch: float) -> float:
             part = self._part(batch)
-            passes = part.activations + FP32 * (count + 2 * self._largest_block()) if is_shared else part.peak
+            passes = part.activations + FP32 * (count + 2 * self._gathered()) if is_shared else part.peak
             return max(passes, after)
 
         name = ("finetune", "fine-tuning in shards" if is_shared else "fine-tuning")
         return self._stage(name, steps["prune"] + steps["finetune"], self.batch, compute, fixed, at, summed)
 
-    def _largest_block(self) -> int:
-        """Parameters of the block that has most: ranks that share a model gather one at a time, and its gradients."""
+    def _gathered(self) -> int:
+        """Parameters that ranks which share a model hold whole at a time, with their gradients: those of no block, a
+        block, and the next one, which is fetched ahead."""
         unet = self.structured.unet
         blocks = [block for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if block is not None]
-        return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+        counts = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
+        return self.structured.parameters - sum(counts) + max(map(sum, itertools.pairwise([0, *counts])))
 
     def _teacher_seconds(self) -> float:
         """Time of the dense model's prediction, where the recipe distils: its forward pass goes with its MACs."""

@@ -1,7 +1,8 @@
 """Fine-tuning whose weights, gradients, moments and average are shared out over the ranks: PyTorch's FSDP2
 (``fully_shard``, arXiv 2304.11277), where one copy a rank takes too much memory.
 
-Stage 1's training alone: masks, their logits and statistics work on whole layers, in flat tensors of their own.
+Stage 1's training alone: masks, their logits and statistics work on whole layers, in flat tensors of their own. What
+gathers here has to be called by all ranks at the same place.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ def shard(model: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = init_device_mesh(next(model.parameters()).device.type, (parallel.size(),))
-    for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
-        if block is not None:
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    with parallel.talking():
+        mesh = init_device_mesh(next(model.parameters()).device.type, (parallel.size(),))
+        for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
+            if block is not None:
+                fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -38,17 +40,33 @@ def is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ranks share this model."""
+    return any(map(is_shard, model.parameters()))
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, gathered from the ranks, each of which has to ask for it; any other tensor as it is."""
-    return tensor.full_tensor() if is_shard(tensor) else tensor
+    """All of a tensor, gathered from the ranks; any other tensor as it is."""
+    if not is_shard(tensor):
+        return tensor
+    with parallel.talking():
+        return tensor.full_tensor()
 
 
 def kept(tensor: Tensor) -> Tensor:
-    """:func:`whole` for a checkpoint: on rank 0's CPU, and nothing but a shape on the other ranks."""
+    """:func:`whole` for rank 0 alone, on its CPU; on the other ranks nothing but a shape. What is in no shard stays as
+    it is."""
     if not is_shard(tensor):
         return tensor
-    found = tensor.detach().full_tensor()
-    return found.cpu() if parallel.is_writer() else found.to("meta")
+    found = whole(tensor.detach())
+    found = found.cpu() if parallel.is_writer() else found.to("meta")
+    found.is_gathered = True
+    return found
+
+
+def is_gathered(tensor: Tensor) -> bool:
+    """Whether this came of :func:`kept` out of shards."""
+    return getattr(tensor, "is_gathered", False)
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
@@ -59,15 +77,18 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
         return moved
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
+    with parallel.talking():
+        return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
 
 
-def whole_model(model: nn.Module) -> nn.Module:
-    """A model of its own with all weights, on every rank, where this one is in shards; else the model itself."""
-    if not any(map(is_shard, model.parameters())):
+def whole_model(model: nn.Module, for_all: bool = True) -> nn.Module:
+    """A model of its own with all weights where this one is in shards, gathered tensor by tensor over the CPU; else the
+    model itself. ``for_all``: on every rank; else on rank 0, and the others keep what they have."""
+    if not is_sharded(model):
         return model
     from .pruned_unet import build
 
-    tensors = {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()}
-    device = next(iter(tensors.values())).device
-    return build(model.config, tensors).to(device)
+    device = next(model.parameters()).device
+    gather = (lambda tensor: whole(tensor.detach()).cpu()) if for_all else kept
+    tensors = {name: gather(tensor) for name, tensor in model.state_dict().items()}
+    return build(model.config, tensors).to(device) if for_all or parallel.is_writer() else model

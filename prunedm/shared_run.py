@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
-from . import parallel
+from . import parallel, sharding
 from .records import ACTIVE, RunState, Status
 from .store import EVENTS, Busy, Run, StoreError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 LAST_WORDS = 2.0  # seconds that rank 0 has to record its own ending
 LAST_COPIES = 600.0  # seconds that it has for what it copies after that
-SHARDED = "sharded"  # of a checkpoint: whether ranks had it in shards
 RANK_FAILED = "rank_failed"  # an event of the rank that failed, not of rank 0
 
 
@@ -83,8 +82,8 @@ class SharedRun(Run):
 
     def save_checkpoint(self, name: str, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         """As Run does, once all ranks are seen to hold the same; of what is in shards, rank 0 has gathered all."""
-        if not meta.get(SHARDED):
-            parallel.require_same(f"tensors at the checkpoint {name}", tensors.values())
+        held = [tensor for tensor in tensors.values() if not sharding.is_gathered(tensor)]
+        parallel.require_same(f"tensors at the checkpoint {name}", held)
         self._write_checkpoint(name, tensors, meta)
 
     def end(self, state: RunState, status: Status, error: str | None, remedy: dict[str, Any] | None = None) -> None:
@@ -109,7 +108,7 @@ class SharedRun(Run):
         none was killed, and the run is interrupted."""
         if not (parallel.is_lost() and parallel.is_writer()):
             return status, error, remedy
-        events = self.events()
+        events = [event for event in self.events() if isinstance(event, dict)]
         began = max((i for i, event in enumerate(events) if event.get("kind") == "started"), default=0)
         for event in events[began:]:
             if event.get("kind") == RANK_FAILED:
@@ -136,7 +135,8 @@ class SharedRun(Run):
 
     def _tell_of_rank_0(self) -> None:
         """Where rank 0 is dead nobody else says how the run ended; one that lives does so itself."""
-        if self._last_words().status == "interrupted":
+        state = self._last_words()
+        if state.status == "interrupted" and state.ended is None:  # a rank 0 that lives has written how it ended
             remedy = f"go on with python -m prunedm resume {self.id} --runs-dir {self.folder.parent}"
             _say(f"rank 0 has died; run {self.id} is interrupted and its last checkpoint is kept: {remedy}")
 

@@ -16,6 +16,7 @@ from . import (
     data,
     diffusion,
     evaluate,
+    forecast,
     giveway,
     mask_stage,
     model_card,
@@ -38,7 +39,6 @@ from .pruned_unet import build, public
 from .recipe import Recipe
 from .records import STAGES, Step
 from .samples import image_seeds
-from .shared_run import SHARDED
 from .stage_recipes import CALIBRATED, FIXED_METHODS
 from .store import Run, StoreError
 from .training import DenseLoss, Learner, Task, Trainer, Weights, Window
@@ -46,6 +46,7 @@ from .training import DenseLoss, Learner, Task, Trainer, Weights, Window
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 20  # and at most a twentieth of the time goes into writing them
 PREVIEW_IMAGES, PREVIEW_STEPS = 16, 10
+SHARED = ("prune", "finetune")  # stages whose training state ranks may share
 VALIDATED = 64  # held-out images of the losses on the way: the evaluation's first ones, with the same noise
 
 
@@ -66,6 +67,8 @@ class Pipeline:
         known = self.run.has_checkpoint(mask_stage.M0)
         self.model, self.images = load_inputs(self.recipe, runs_dir, dense, masks_known=known)
         self._redo_what_is_missing()
+        if self._shares_state():
+            self._require_equal_parts()
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
         if "dense" not in self.run.variants():
@@ -92,9 +95,7 @@ class Pipeline:
         started = time.monotonic()
         if self.trainer is not None:
             self.writer.flush()
-            weights = self.trainer.weights
-            meta = {"done": self.trainer.done} | ({SHARDED: True} if weights and weights.is_sharded else {})
-            self.run.save_checkpoint(self.trainer.stage, self.trainer.tensors(), meta)
+            self.run.save_checkpoint(self.trainer.stage, self.trainer.tensors(), {"done": self.trainer.done})
             self.saved_step = self.trainer.done
         self.saved = time.monotonic()
         self.checkpoint_after = max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * (self.saved - started))
@@ -168,10 +169,14 @@ class Pipeline:
 
     def _weights_of(self, model: torch.nn.Module, window: Window) -> Weights:
         """A model's weights in training without masks, in shards where the recipe says so and there are ranks."""
-        if self.recipe.train.shard and parallel.size() > 1:
-            self._require_equal_parts()
+        if self._shares_state():
+            self.run.log(f"{parallel.size()} ranks share the training state")
             sharding.shard(model)
         return Weights(model.parameters(), self.recipe.train, window)
+
+    def _shares_state(self) -> bool:
+        """Whether ranks share the state of stage 1's training, and there is some."""
+        return self.recipe.train.shard and parallel.size() > 1 and any(forecast.planned(self.recipe)[s] for s in SHARED)
 
     def _require_equal_parts(self) -> None:
         """ValueError unless each rank passes its slice of a batch in as many parts as the others."""
@@ -198,7 +203,7 @@ class Pipeline:
         yield from self._train("finetune", spec.finetune_steps, self._task(), DenseLoss(model), weights)
         if spec.finetune_steps:
             weights.use_average()
-        model = sharding.whole_model(model)
+        model = self.model.unet = sharding.whole_model(model)
         self._save_variant("structured", model.to("cpu"), found)
         self._draw("finetune", spec.finetune_steps, model)
 
@@ -304,7 +309,7 @@ class Pipeline:
             previewed = {steps // 2} & previewed
         if window is not None:
             previewed = set()  # the cuts are drawn
-        if trainer.done in previewed and not self.run.sample_path(stage, trainer.done).exists():
+        if parallel.decide(trainer.done in previewed and not self.run.sample_path(stage, trainer.done).exists()):
             self._preview(stage, trainer.done, learner)  # it was stopped before it drew
         watch = self._loss_watch(trainer)
         for step in self._watched(trainer):
@@ -386,7 +391,7 @@ class Pipeline:
 
     def _preview(self, stage: str, step: int, learner: Learner) -> None:
         """Draw the model of the moment."""
-        self._draw(stage, step, _of_the_moment(learner))
+        self._draw(stage, step, _of_the_moment(learner, for_all=False))
 
     def _validation_loss(self, learner: Learner) -> float:
         """Of the model of the moment. It does not give way: the step that it belongs to is not recorded yet."""
@@ -414,9 +419,10 @@ def is_due(step: int, steps: int, times: int) -> bool:
     return step > 0 and step * times // steps > (step - 1) * times // steps
 
 
-def _of_the_moment(learner: Learner) -> torch.nn.Module:
-    """The model as it is now: whole on every rank, and under the masks that would be chosen."""
+def _of_the_moment(learner: Learner, for_all: bool = True) -> torch.nn.Module:
+    """The model as it is now, under the masks that would be chosen; where ranks share it, a whole one on all of them
+    or on rank 0."""
     if not isinstance(learner, FixedMasks):
-        return sharding.whole_model(learner.unet)
+        return sharding.whole_model(learner.unet, for_all)
     learner.masked.wear(learner.choice())
     return learner.masked.unet

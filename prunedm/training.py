@@ -12,7 +12,7 @@ import itertools
 import math
 import platform
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -344,18 +344,29 @@ class Trainer:
         """
         while self.done < self.last:
             step, sent = self.done, parallel.bytes_sent()
-            train = self.weights is not None and self.weights.window.holds(step)
-            self.learner.prepare(step, train)
-            values = self.learner.step(self.task, self.task.batch(self.stage, step), step, train)
-            rate = {"train.lr": self.weights.spec.lr} if train else {}
-            require_finite("loss", values["loss"], step, self.stage, self.rates(train))
-            if train:
-                values |= self.weights.update(step)
-                require_finite("gradient norm", values["grad_norm"], step, self.stage, rate)
-            if parallel.size() > 1:
+            with parallel.talking() if self.is_sharded else nullcontext():
+                values = self._step(step)
+            if parallel.size() > 1 and not self.is_sharded:  # FSDP's own are not counted
                 values["bytes_sent"] = parallel.bytes_sent() - sent
             self.done = step + 1
             yield Step(self.stage, self.done, self.steps, values)
+
+    def _step(self, step: int) -> dict[str, float]:
+        """The figures of a step, taken."""
+        train = self.weights is not None and self.weights.window.holds(step)
+        self.learner.prepare(step, train)
+        values = self.learner.step(self.task, self.task.batch(self.stage, step), step, train)
+        rate = {"train.lr": self.weights.spec.lr} if train else {}
+        require_finite("loss", values["loss"], step, self.stage, self.rates(train))
+        if train:
+            values |= self.weights.update(step)
+            require_finite("gradient norm", values["grad_norm"], step, self.stage, rate)
+        return values
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether ranks share the weights."""
+        return self.weights is not None and self.weights.is_sharded
 
     def rates(self, train: bool = True) -> dict[str, float]:
         """The recipe's rates that move something here; ``train``: the weights too."""

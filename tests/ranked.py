@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,10 +21,23 @@ from conftest import make_unet  # noqa: E402
 from diffusers import DDPMScheduler  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from prunedm import channel_scores, data, importance, learn, parallel, sharding, training  # noqa: E402
+from prunedm import (  # noqa: E402
+    channel_scores,
+    data,
+    diffusion,
+    importance,
+    learn,
+    metrics,
+    parallel,
+    quality,
+    samples,
+    sharding,
+    training,
+    unet,
+)
 from prunedm.diffusion import Timesteps  # noqa: E402
 from prunedm.masked_unet import MaskedUNet  # noqa: E402
-from prunedm.recipe import Train  # noqa: E402
+from prunedm.recipe import Eval, Train  # noqa: E402
 from prunedm.stage_recipes import Mask, Prune  # noqa: E402
 from prunedm.training import Trainer, Weights, Window  # noqa: E402
 
@@ -35,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fine-tune in parts": {"method": None, "accumulate": 3, "timesteps": "importance"},
     "fine-tune, bf16": {"method": None, "bf16": True},
     "gumbel": {"method": "gumbel", "lr": 0.15},
+    "gumbel beside weights": {"method": "gumbel", "lr": 0.15, "train_weights": True},
     "gumbel in parts": {"method": "gumbel", "lr": 0.15, "accumulate": 3},
     "gumbel, bf16": {"method": "gumbel", "lr": 0.15, "bf16": True},
     "reinforce": {"method": "reinforce", "samples": 2},
@@ -90,15 +106,15 @@ def trainer(
     task.accumulate, task.timesteps = accumulate, Timesteps(timesteps, 1000) if timesteps else None
     task.compiled, task.cycle, task.distill = compiled, spec.get("cached_batches", 0), distill
     task.teacher = make_unet(block_out_channels=(32, 64)).requires_grad_(False) if distill else None
-    unet, window = make_unet(block_out_channels=channels), Window.of(STEPS)
+    model, window = make_unet(block_out_channels=channels), Window.of(STEPS)
     if shard and parallel.size() > 1:
-        sharding.shard(unet)
-        held = sum(parameter.to_local().numel() for parameter in unet.parameters())
-        assert held < 0.6 * unet.num_parameters(), "each rank holds about a half"
+        sharding.shard(model)
+        held = sum(parameter.to_local().numel() for parameter in model.parameters())
+        assert held < 0.6 * model.num_parameters(), "each rank holds about a half"
     if method is None:
-        weights = Weights(unet.parameters(), SLOW, window)
-        return Trainer("finetune", STEPS, task, training.DenseLoss(unet), weights), None
-    masked = MaskedUNet(unet.requires_grad_(False), 2, 4, ())
+        weights = Weights(model.parameters(), SLOW, window)
+        return Trainer("finetune", STEPS, task, training.DenseLoss(model), weights), None
+    masked = MaskedUNet(model.requires_grad_(False), 2, 4, ())
     budget = {"flip_budget": 0.2} if method in ("gumbel", "reinforce") else {}
     learner = learn.METHODS[method](masked, Mask(method=method, train_weights=train_weights, **budget | spec), STEPS, 0)
     weights = Weights(masked.trainable(), SLOW, window) if train_weights else None
@@ -116,10 +132,36 @@ def work(case: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     return {name: tensor.detach().clone().contiguous() for name, tensor in kept.items()}, records
 
 
+def judged(folder: Path) -> tuple[dict[str, Any], int]:
+    """All figures of a model's quality, in chunks and batches of few images; and how many chunks were sampled here."""
+    with parallel.one_writer() as writes:
+        if writes:
+            unet.save(make_unet(), DDPMScheduler(), folder / "model", {"variant": "dense"})
+    gen, sampled = torch.Generator().manual_seed(2), []
+    train, held_out = (torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=gen) for n in (40, 24))
+
+    def sample(*given: Any, **named: Any) -> torch.Tensor:
+        sampled.append(1)
+        return real(*given, **named)
+
+    real, few = diffusion.sample, {samples: ("MOST", 4), quality: ("VALIDATION_BATCH", 8), metrics: ("AT_ONCE", 16)}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(diffusion, "sample", sample))
+        for module, (name, value) in few.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        settings, images = Eval(images=18, steps=2), data.Images("random", train, held_out)
+        judge = quality.Judge.of(settings, images, torch.device("cpu"))
+        target = quality.Target(unet.load(str(folder / "model")), folder / "model", folder / "sheet.png", is_dense=True)
+        *_, figures = judge.quality(target)
+    return figures, len(sampled)
+
+
 def main() -> int:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     parallel.join()
+    if not sys.argv[2:]:
+        (folder / f"judged.{parallel.rank()}.json").write_text(json.dumps(judged(folder)))
     for case in sys.argv[2:] or CASES:
         tensors, records = work(case)
         save_file(tensors, folder / f"{case}.{parallel.rank()}.safetensors")

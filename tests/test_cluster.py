@@ -18,7 +18,7 @@ from apptest import click, open_page, shown
 from safetensors.torch import load_file
 
 from app import lab
-from prunedm import cluster, jobs, store
+from prunedm import cluster, cluster_task, jobs, store
 from prunedm import recipe as recipes
 from prunedm.__main__ import main
 from prunedm.cluster import ClusterError, RayExecutor
@@ -261,26 +261,35 @@ def test_gpus_are_a_share_or_a_whole_number(gpus, is_valid):
 @pytest.mark.slow
 def test_a_task_of_several_gpus_is_worked_on_by_as_many_ranks(micro, tmp_path, monkeypatch):
     """Here they are ranks on the CPU."""
-    assert [cluster.ranks_of(Recipe(resources={"gpus": gpus})) for gpus in (0, 0.5, 1, 4)] == [1, 1, 1, 4]
-    monkeypatch.setattr(cluster, "ranks_of", lambda recipe: 2)
+    assert [cluster_task.ranks_of(Recipe(resources={"gpus": gpus})) for gpus in (0, 0.5, 1, 4)] == [1, 1, 1, 4]
+    monkeypatch.setattr(cluster_task, "ranks_of", lambda recipe: 2)
     run = store.create(tmp_path, micro())
-    assert cluster.work(str(run.folder)) == "done"
+    assert cluster_task.work(str(run.folder)) == "done"
     (started,) = [event for event in run.events() if event["kind"] == "started"]
     assert started["ranks"] == 2 and run.evaluation()["nm"]["validation_loss"] > 0
     refused = store.create(tmp_path, micro(name="refused"))
     with refused.lock(), monkeypatch.context() as patch, pytest.raises(store.Busy):
-        patch.setattr(cluster, "PATIENCE", 0.0)
-        cluster.work(str(refused.folder))
+        patch.setattr(cluster_task, "PATIENCE", 0.0)
+        cluster_task.work(str(refused.folder))
     dies = store.create(tmp_path, micro(name="dies"))
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(cluster.RanksDied, match="the 2 ranks of run"):
-        cluster.work(str(dies.folder))
+    with pytest.raises(cluster_task.RanksDied, match="the 2 ranks of run"):
+        cluster_task.work(str(dies.folder))
     assert "its 2 ranks left it queued" in dies.log_path.read_text()
+
+
+@pytest.mark.slow
+def test_what_a_rank_of_a_task_raises_is_the_runs_error(micro, tmp_path, monkeypatch):
+    """The launcher ends the other at once, which must have the time to say so."""
+    monkeypatch.setattr(cluster_task, "ranks_of", lambda recipe: 2)
+    run = store.create(tmp_path, micro(data={"batch_size": 1}))
+    assert cluster_task.work(str(run.folder)) == "failed"
+    assert "a batch of 1 images is too small for 2 ranks" in run.state().error
 
 
 def test_a_machine_without_the_runs_folder_says_so(tmp_path):
     with pytest.raises(store.StoreError, match=r"sees no .*gone; give all machines of the cluster one --runs-dir"):
-        cluster.work(str(tmp_path / "gone"))
+        cluster_task.work(str(tmp_path / "gone"))
 
 
 def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch, caplog, micro):
@@ -302,7 +311,7 @@ def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch,
 def test_ranks_end_with_the_worker_that_had_them_started(micro, tmp_path):
     """It is killed; they would go on with what Ray takes to be free, and hold the run's lock."""
     run = store.create(tmp_path, micro(mask={"steps": 5000}))
-    code = f"from prunedm import cluster; cluster.ranks_of = lambda recipe: 2; cluster.work({str(run.folder)!r})"
+    code = f"from prunedm import cluster_task as t; t.ranks_of = lambda recipe: 2; t.work({str(run.folder)!r})"
     worker = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(cluster.ROOT)})
     try:
         at_work(run, "mask", 1)
@@ -312,7 +321,7 @@ def test_ranks_end_with_the_worker_that_had_them_started(micro, tmp_path):
     finally:
         worker.kill()
     with run.lock(30):
-        assert cluster.take_back(run, run.state())
+        assert cluster_task.take_back(run, run.state())
 
 
 def test_a_cluster_that_is_gone_takes_no_run(executor, monkeypatch, micro):
@@ -344,19 +353,19 @@ def test_a_run_that_another_worker_has_is_left_to_it(executor, micro, monkeypatc
 
 def test_a_run_whose_workers_die_again_and_again_is_given_up(tmp_path):
     run = store.create(tmp_path, Recipe())
-    run.event(cluster.SENT)
-    for number in range(1, cluster.RETRIES + 1):
-        assert cluster.take_back(run, run.state()) and run.state().status == "queued"
-        assert f"({number} of {cluster.RETRIES})" in run.log_path.read_text()
-    assert not cluster.take_back(run, run.state())
+    run.event(cluster_task.SENT)
+    for number in range(1, cluster_task.RETRIES + 1):
+        assert cluster_task.take_back(run, run.state()) and run.state().status == "queued"
+        assert f"({number} of {cluster_task.RETRIES})" in run.log_path.read_text()
+    assert not cluster_task.take_back(run, run.state())
     assert run.state().status == "interrupted" and "its worker died 4 times" in run.state().error
-    run.event(cluster.SENT)
-    assert cluster.take_back(run, run.state()), "sent again, it counts anew"
+    run.event(cluster_task.SENT)
+    assert cluster_task.take_back(run, run.state()), "sent again, it counts anew"
 
 
 def test_a_task_that_begins_after_its_run_was_stopped_leaves_it(tmp_path):
     run = store.create(tmp_path, Recipe())
     run.end(run.state(), "stopped", None)
     before = Path(run.folder / "state.json").read_bytes()
-    assert cluster.work(str(run.folder)) == "stopped"
+    assert cluster_task.work(str(run.folder)) == "stopped"
     assert (run.folder / "state.json").read_bytes() == before and json.loads(before)["status"] == "stopped"

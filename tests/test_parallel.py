@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from prunedm import parallel, pipeline, stages, store
 from prunedm.progress import MetricsWriter
-from prunedm.training import Window
 
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes=2"]
 STILL = {"prune": {"finetune_steps": 0}, "mask": {"method": "magnitude", "steps": 0, "recover_steps": 0}}
@@ -28,7 +27,9 @@ STILL = {"prune": {"finetune_steps": 0}, "mask": {"method": "magnitude", "steps"
 def two_ranks(tmp_path_factory) -> Path:
     """What two ranks made of every case."""
     folder = tmp_path_factory.mktemp("ranks")
-    ended = launch([*TORCHRUN, "tests/ranked.py", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRUNEDM_CACHE", str(folder / "cache"))
+        ended = launch([*TORCHRUN, "tests/ranked.py", str(folder)])
     assert ended.returncode == 0, ended.stderr
     assert [(folder / f"ranks.{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
     return folder
@@ -53,7 +54,17 @@ def equal_one_rank(folder: Path, case: str) -> None:
         torch.testing.assert_close(found[name], tensor, atol=atol, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     for ours, theirs in zip(alone, records(folder, case, 0), strict=True):
         assert theirs["masks"] == ours["masks"]
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+        for figure in {"loss", "grad_norm", "mask_grad_norm"} & ours.keys():
+            assert theirs[figure] == pytest.approx(ours[figure], rel=1e-5), figure
+
+
+def test_a_model_is_judged_by_two_ranks_as_by_one(two_ranks, tmp_path, monkeypatch):
+    """Sampling, features, distances and losses: the same figures, and each rank made its part of them."""
+    monkeypatch.setenv("PRUNEDM_CACHE", str(tmp_path / "cache"))
+    alone, made = ranked.judged(tmp_path)
+    (found, by_0), (_, by_1) = (json.loads((two_ranks / f"judged.{rank}.json").read_text()) for rank in (0, 1))
+    assert found == json.loads(json.dumps(alone)) and found["fid"] > 0 and found["noise_floor"]
+    assert by_0 + by_1 == made and by_1 >= 4
 
 
 @pytest.mark.slow
@@ -103,7 +114,8 @@ def test_ranks_hold_the_same_masks_at_each_step_and_the_same_bits_at_the_end(two
 
 
 def test_reinforce_sends_the_same_few_bytes_whatever_the_models_size(two_ranks):
-    sent = {case: {r["bytes_sent"] for r in records(two_ranks, case, 0)} for case in ranked.CASES}
+    cases = [case for case in ranked.CASES if "sharded" not in case]  # FSDP's bytes are not counted
+    sent = {case: {r["bytes_sent"] for r in records(two_ranks, case, 0)} for case in cases}
     assert sent["reinforce"] == sent["reinforce, wide"] == {2 * 4 * (3 + 10)}  # samples, floats: means and bins
     assert min(sent["gumbel, wide"]) > 3 * max(sent["gumbel"]) > 1000 * max(sent["reinforce"])  # gradients grow
 
@@ -207,7 +219,17 @@ def test_a_run_in_shards_equals_that_of_one_rank(micro, tmp_path):
     figures = [run.evaluation()["structured"] for run in (expected, found)]
     assert figures[1]["parameters"] == figures[0]["parameters"]
     assert figures[1]["validation_loss"] == pytest.approx(figures[0]["validation_loss"], rel=1e-4)
+    assert found.log_path.read_text().count("2 ranks share the training state") == 2, "between the rounds and after"
+    assert "share the training state" not in expected.log_path.read_text()
     assert found.sample_path("finetune", 3).exists() and found.sample_path("finetune", 6).exists()
+
+
+@pytest.mark.slow
+def test_without_steps_there_is_nothing_to_share(micro, tmp_path):
+    recipe = micro(train={"shard": True}, **STILL)
+    ended = start_run(TORCHRUN, recipe, tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr
+    assert "share the training state" not in only_run(tmp_path / "two").log_path.read_text()
 
 
 def test_ranks_that_share_a_model_need_equal_parts(micro, tmp_path, monkeypatch):
@@ -216,7 +238,8 @@ def test_ranks_that_share_a_model_need_equal_parts(micro, tmp_path, monkeypatch)
     made = stages.Pipeline(run, recipe, MetricsWriter(run, run.state()))
     monkeypatch.setattr(parallel._Ranks, "size", 2)
     with pytest.raises(ValueError, match=r"train.accumulate=5: 2 ranks .* set it to 4 or less"):
-        made._weights_of(torch.nn.Linear(2, 2), Window.of(3))
+        next(made.stages())
+    assert made.run.variants() == [], "before anything is done"
 
 
 # --- what a launcher may ask for --------------------------------------------------------------

@@ -85,10 +85,10 @@ def until(launcher: subprocess.Popen[str], say: Callable[[], Any]) -> Any:
     return found
 
 
-def saved_masks(runs_dir: Path) -> store.Run | None:
-    """The run, once it has a checkpoint of some steps of stage 2."""
+def saved(runs_dir: Path, stage: str = "mask") -> store.Run | None:
+    """The run, once it has a checkpoint of some steps of a stage."""
     for run in store.all_runs(runs_dir) if runs_dir.is_dir() else []:
-        found = run.load_checkpoint("mask")
+        found = run.load_checkpoint(stage)
         if found is not None and found[1]["done"] > 1:
             return run
     return None
@@ -129,7 +129,7 @@ def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_or_three_go_on(
     rank, status, words, next_ranks, long_masks, whole, tmp_path
 ):
     with at_work(long_masks, tmp_path) as launcher:
-        run = until(launcher, lambda: saved_masks(tmp_path / "runs"))
+        run = until(launcher, lambda: saved(tmp_path / "runs"))
         kill(launcher, rank)
         told = launcher.communicate(timeout=PATIENCE)[0]
     assert launcher.returncode != 0
@@ -151,6 +151,29 @@ def test_a_killed_rank_ends_the_run_in_one_line_and_one_rank_or_three_go_on(
     )
     assert each_step_once(run)
     assert run.evaluation()["nm"]["validation_loss"] == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "words"), [(0, "rank 1: rank 0 has died; run "), (1, "ranks has ended or does not answer")]
+)
+def test_a_killed_rank_of_a_shared_model_ends_the_run_likewise_and_one_rank_goes_on(rank, words, micro, tmp_path):
+    """FSDP's own messages meet the end of the other rank; its checkpoints hold whole tensors."""
+    recipe = micro(train={"precision": "fp32", "shard": True}, prune={"finetune_steps": 60}, mask={"method": "none"})
+    whole = store.create(tmp_path / "whole", recipe)
+    assert pipeline.execute(whole) == "done"
+    with at_work(recipe, tmp_path) as launcher:
+        run = until(launcher, lambda: saved(tmp_path / "runs", "finetune"))
+        kill(launcher, rank)
+        told = launcher.communicate(timeout=PATIENCE)[0]
+    state, said = run.state(), " ".join(told.split())
+    assert state.status == "interrupted" and words in said and (rank == 0 or words in state.error), told
+    assert not [event for event in run.events() if event["kind"] == shared_run.RANK_FAILED]
+    ended = launch([sys.executable, *PRUNEDM, "resume", run.id, "--runs-dir", str(tmp_path / "runs")])
+    assert ended.returncode == 0, ended.stderr
+    assert each_step_once(run)
+    losses = [one.evaluation()["structured"]["validation_loss"] for one in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -178,7 +201,7 @@ def test_what_a_rank_raises_is_the_runs_error(ranks, error, told, remedy, micro,
 @pytest.mark.slow
 def test_two_ranks_pause_go_on_and_stop_when_another_process_asks(micro, tmp_path, capsys):
     with at_work(micro(mask={"method": "gumbel", "steps": 5000}), tmp_path) as launcher:
-        run = until(launcher, lambda: saved_masks(tmp_path / "runs"))
+        run = until(launcher, lambda: saved(tmp_path / "runs"))
         given = [run.id, "--runs-dir", str(tmp_path / "runs"), "--wait", str(PATIENCE)]
         assert main(["pause", *given]) == 0 and f"{run.id} is paused" in capsys.readouterr().out
         held = run.load_checkpoint("mask")[1]["done"]
@@ -251,6 +274,15 @@ def test_a_rank_speaks_for_rank_0_only_where_that_is_dead(shared, monkeypatch, c
     run = shared(1, is_lost=True)
     run.end(run.state(), "failed", "another of the 2 ranks has ended or does not answer; resume")
     assert capsys.readouterr().err == "", "rank 0 lives, and will say so itself"
+    monkeypatch.setattr(owner, "began", lambda pid: None)
+    state = run.state()
+    state.status, state.ended = "interrupted", time.time()
+    monkeypatch.setattr(shared_run.SharedRun, "state", lambda run: state)
+    run.end(state, "failed", "another of the 3 ranks has ended or does not answer; resume")
+    assert capsys.readouterr().err == "", "rank 0 lost another one and has written so"
+    monkeypatch.undo()
+    run = shared(1, is_lost=True)
+    monkeypatch.setattr(shared_run, "LAST_WORDS", 0.2)
     monkeypatch.setattr(owner, "began", lambda pid: None)
     run.end(run.state(), "failed", "another of the 2 ranks has ended or does not answer; resume")
     told = capsys.readouterr().err
