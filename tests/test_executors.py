@@ -17,7 +17,7 @@ from prunedm.recipe import Recipe
 class Fake:
     """A RayExecutor that does nothing. ``gate``: connecting takes until it is set."""
 
-    gate, fault, made = None, "", []
+    gate, fault, trouble, made = None, "", "", []
 
     def __init__(self, runs_dir, address):
         if self.gate is not None:
@@ -110,6 +110,9 @@ def test_the_system_page_chooses_and_says_what_is_there(fake, runs):
     lab.jobs()._connecting.join(60)
     text = said(open_page("system"))
     assert "2 machines, 16 CPUs, 1 GPUs" in text.replace("\\", "")
+    fake.trouble = "the Ray cluster head:6379 does not answer (ConnectionError: gone)"
+    assert "does not answer" in "".join(str(one.value) for one in open_page("system").error)
+    fake.trouble = ""
     choose(open_page("system"), "local")
     assert "in this lab's queue" in said(open_page("system")) and lab.jobs().choice.executor == "local"
 
