@@ -68,6 +68,7 @@ def ready(source: Source, writing: list[Path]) -> None:
 
 
 def ready_one(source: Source, path: Path) -> None:
+    """One export's name and size, with what can be done with it."""
     file = exports.archive(path)
     st.markdown(f"**{parts.plain(path.name)}** · {file.stat().st_size / 2**20:.2f} MiB")
     if exports.outdated(path, source):
