@@ -28,6 +28,7 @@ from . import (
     shelf_commands,
     sweep_commands,
 )
+from .interrupts import interruptions
 from .terminal import (
     BAD_INPUT,
     FAILED,
@@ -38,7 +39,6 @@ from .terminal import (
     Place,
     Progress,
     RunsDir,
-    interruptions,
 )
 from .untrusted import one_line
 

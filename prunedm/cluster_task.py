@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from . import owner, parallel
+from .interrupts import interruptions
 from .jobs import Stop, load_engine
 from .recipe import Recipe
 from .records import RunState
@@ -96,8 +97,6 @@ def _end_with(parent: int) -> None:
 
 def _rank(folder: str) -> int:
     """One of the ranks of a task: its exit status. A launcher that ends them all is obeyed after the step at hand."""
-    from .terminal import interruptions
-
     threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     parallel.join()
     with interruptions("run") as stop:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import FAILED, INTERRUPTED, AsJson, interruptions
+from .interrupts import interruptions
+from .terminal import FAILED, INTERRUPTED, AsJson
 
 if TYPE_CHECKING:
     from .data import Images

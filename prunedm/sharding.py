@@ -79,16 +79,3 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
     with parallel.talking():
         return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
-
-
-def whole_model(model: nn.Module, for_all: bool = True) -> nn.Module:
-    """A model of its own with all weights where this one is in shards, gathered tensor by tensor over the CPU; else the
-    model itself. ``for_all``: on every rank; else on rank 0, and the others keep what they have."""
-    if not is_sharded(model):
-        return model
-    from .pruned_unet import build
-
-    device = next(model.parameters()).device
-    gather = (lambda tensor: whole(tensor.detach()).cpu()) if for_all else kept
-    tensors = {name: gather(tensor) for name, tensor in model.state_dict().items()}
-    return build(model.config, tensors).to(device) if for_all or parallel.is_writer() else model

@@ -165,7 +165,7 @@ class Pipeline:
         weights = self._weights_of(model, window)
         yield from self._train("prune", of, self._task(), DenseLoss(model), weights, window=window)
         weights.use_average()
-        self.model.unet = sharding.whole_model(model)
+        self.model.unet = unet.whole_model(model)
 
     def _weights_of(self, model: torch.nn.Module, window: Window) -> Weights:
         """A model's weights in training without masks, in shards where the recipe says so and there are ranks."""
@@ -203,7 +203,7 @@ class Pipeline:
         yield from self._train("finetune", spec.finetune_steps, self._task(), DenseLoss(model), weights)
         if spec.finetune_steps:
             weights.use_average()
-        model = self.model.unet = sharding.whole_model(model)
+        model = self.model.unet = unet.whole_model(model)
         self._save_variant("structured", model.to("cpu"), found)
         self._draw("finetune", spec.finetune_steps, model)
 
@@ -423,6 +423,6 @@ def _of_the_moment(learner: Learner, for_all: bool = True) -> torch.nn.Module:
     """The model as it is now, under the masks that would be chosen; where ranks share it, a whole one on all of them
     or on rank 0."""
     if not isinstance(learner, FixedMasks):
-        return sharding.whole_model(learner.unet, for_all)
+        return unet.whole_model(learner.unet, for_all)
     learner.masked.wear(learner.choice())
     return learner.masked.unet

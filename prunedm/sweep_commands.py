@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .terminal import FAILED, INTERRUPTED, AsJson, RunsDir, interruptions
+from .interrupts import interruptions
+from .terminal import FAILED, INTERRUPTED, AsJson, RunsDir
 
 if TYPE_CHECKING:
     from optuna import Study

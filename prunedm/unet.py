@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import bundled, packed, parallel
+from . import bundled, packed, parallel, sharding
 from .model_check import UNBUILDABLE, ModelError, check_config
 from .store import VARIANT_RECORD, write_atomic, write_json
 from .untrusted import UntrustedError, one_line, read_json, require_header, shown
@@ -314,6 +314,19 @@ def _scheduler(config: dict[str, Any]) -> Any:
     classes = {"DDPMScheduler": DDPMScheduler, "DDIMScheduler": DDIMScheduler}
     chosen = classes[config.get("_class_name", "DDPMScheduler")]
     return chosen.from_config(public(config))
+
+
+def whole_model(model: nn.Module, for_all: bool = True) -> nn.Module:
+    """A model of its own with all weights where this one is in shards, gathered tensor by tensor over the CPU; else the
+    model itself. ``for_all``: on every rank; else on rank 0, and the others keep what they have."""
+    if not sharding.is_sharded(model):
+        return model
+    from .pruned_unet import build
+
+    device = next(model.parameters()).device
+    gather = (lambda tensor: sharding.whole(tensor.detach()).cpu()) if for_all else sharding.kept
+    tensors = {name: gather(tensor) for name, tensor in model.state_dict().items()}
+    return build(model.config, tensors).to(device) if for_all or parallel.is_writer() else model
 
 
 def _line(error: BaseException) -> str:

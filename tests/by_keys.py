@@ -108,7 +108,9 @@ def next_tab(page, name: str, right: str) -> None:
     press(page, "ArrowRight")
     opened = page.get_by_role("tab", name=right, selected=True)
     opened.wait_for()
-    assert opened.evaluate("tab => tab === document.activeElement")
+    page.wait_for_function(
+        "name => document.activeElement.matches('[role=tab]') && document.activeElement.textContent === name", arg=right
+    )
     rest(page)
 
 

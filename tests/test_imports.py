@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
     "untrusted", "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "giveway", "records", "parallel",
-    "owner", "bundled", "files", "jsonl", "redact", "logs", "password", "state_file", "store", "shared_run",
-    "artifacts", "system", "glossary", "cache", "devices", "comparison", "shelf", "progress", "snapshots", "pictures",
+    "sharding", "interrupts", "owner", "bundled", "files", "jsonl", "redact", "logs", "password", "state_file", "store",
+    "shared_run", "artifacts", "system", "glossary", "cache", "devices", "comparison", "shelf", "progress", "snapshots",
+    "pictures",
     "pattern", "layer_order", "steps", "palettes",
     "charts", "model_charts", "packed", "model_check", "pruned_unet", "unet", "sources", "data", "ledger", "diffusion",
     "masks", "masked_unet", "maskfile", "training",
@@ -21,7 +22,8 @@ ORDER = [  # a module may import those above it only
     "quality", "environment", "provenance", "support", "evaluate",
     "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_again", "report_page",
     "model_card", "inputs", "forecast", "imports", "import_zip", "import_hub", "mask_stage", "outline", "upkeep",
-    "plan_model", "calibration", "plan", "stages", "pipeline", "pretrain", "jobs", "cluster", "executors",
+    "plan_model", "calibration", "plan", "stages", "pipeline", "pretrain", "jobs",
+    "cluster_task", "cluster", "executors",
     "onnx_int8", "onnx_export", "export", "seed_sheets", "judge_entries", "judging",
     "sweep_ranges", "sweep_spec", "sweep_trials", "sweep_sampler", "sweep", "sweep_watch", "sweep_worker",
     "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "control_commands",
