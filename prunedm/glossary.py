@@ -42,7 +42,7 @@ TERMS = (
         "alert",
         "What a run says by itself when masks stop varying too early or do not move at all, or a loss has risen to "
         "ten times its lowest or is no number any more; with what to do.",
-        "prunedm/diagnostics.py, prunedm/stages.py",
+        "prunedm/diagnostics.py, prunedm/stage_training.py",
     ),
     Term(
         "bake",
@@ -63,7 +63,7 @@ TERMS = (
     Term(
         "checkpoint",
         "All that the next step depends on, saved: a run goes on from it as if it had never stopped.",
-        "prunedm/stages.py",
+        "prunedm/stage_training.py",
     ),
     Term(
         "compliance",

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from prunedm import files, pipeline, progress, stages, store
+from prunedm import files, pipeline, progress, stage_training, store
 from prunedm.system import SYSTEM
 
 CONTEXT = multiprocessing.get_context("forkserver")  # imports are done once, and no thread is forked
@@ -102,7 +102,10 @@ class Moments:
 def _work(folder: str, deadly: int | None, told: str) -> None:
     run = store.Run(Path(folder))
     run.claim(run.state(), "queued")  # which the process that made it hands over
-    stages.CHECKPOINT_SECONDS, stages.CHECKPOINT_SHARE = 0.0, 0.0  # after each step: many moments are within one
+    stage_training.CHECKPOINT_SECONDS, stage_training.CHECKPOINT_SHARE = (
+        0.0,
+        0.0,
+    )  # after each step: many moments are within one
     progress.MetricsWriter.__init__.__defaults__ = (0.0,)
     pipeline.HEARTBEAT = math.inf  # a sign of life comes by the clock
     os.environ["PRUNEDM_CACHE"] = str(run.folder.parent / "cache")  # so that what fills it can be hurt too

@@ -22,9 +22,9 @@ from prunedm.recipe import Recipe
 
 LAUNCHES, AT_ONCE = 10, 2
 SAVES_OFTEN = """
-from prunedm import parallel, stages
+from prunedm import parallel, stage_training
 from prunedm.__main__ import main
-stages.CHECKPOINT_SECONDS = stages.CHECKPOINT_SHARE = 0.0  # after each step
+stage_training.CHECKPOINT_SECONDS = stage_training.CHECKPOINT_SHARE = 0.0  # after each step
 if __name__ == "__main__":
     parallel.leave(main())
 """
