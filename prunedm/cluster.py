@@ -12,7 +12,8 @@ import logging
 import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,8 @@ class RayExecutor(Line):
         """CPUs and GPUs of each machine of the cluster, used or not. ClusterError where it does not answer."""
         import ray
 
-        try:
+        with self._asking():
             found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        except Exception as error:  # noqa: BLE001  (whatever Ray raises of a cluster that is gone)
-            raise ClusterError(self._no_answer(error)) from error
         return [{"cpus": one.get("CPU", 0.0), "gpus": one.get("GPU", 0.0)} for one in found]
 
     def close(self) -> None:
@@ -124,9 +123,9 @@ class RayExecutor(Line):
         wanted = run.recipe().resources
         try:
             task = self._sent(run, wanted)
-        except Exception as error:  # noqa: BLE001  (whatever Ray raises of a cluster that is gone)
-            run.end(run.state(), "interrupted", f"{one_line(error)}; resume once it does")
-            raise error if isinstance(error, ClusterError) else ClusterError(self._no_answer(error)) from error
+        except ClusterError as error:
+            run.end(run.state(), "interrupted", f"{error}; resume once it does")
+            raise
         with self._lock:
             self._waiting.append(run.id)
             self._tasks[run.id] = task
@@ -139,15 +138,16 @@ class RayExecutor(Line):
             run.log(f"ALERT: {text}")
         run.event(SENT, executor="ray", cpus=wanted.cpus, gpus=wanted.gpus)
         run.log(f"sent to Ray: {wanted.cpus} CPUs, {wanted.gpus:g} GPUs")
-        task = self._task.options(
-            name=f"prunedm {run.id}",
-            num_cpus=wanted.cpus,
-            num_gpus=wanted.gpus,
-            max_retries=RETRIES,
-            retry_exceptions=[Busy, RanksDied],  # besides workers that die
-            runtime_env={"env_vars": _environment(wanted.gpus)},
-        )
-        return task.remote(str(run.folder.absolute()))
+        options = {
+            "name": f"prunedm {run.id}",
+            "num_cpus": wanted.cpus,
+            "num_gpus": wanted.gpus,
+            "max_retries": RETRIES,
+            "retry_exceptions": [Busy, RanksDied],  # besides workers that die
+            "runtime_env": {"env_vars": _environment(wanted.gpus)},
+        }
+        with self._asking():
+            return self._task.options(**options).remote(str(run.folder.absolute()))
 
     def _take_out(self, run: Run) -> bool:
         """End a run that no worker holds; False when one does, or when it is none of this process's."""
@@ -189,26 +189,35 @@ class RayExecutor(Line):
         beaten = time.monotonic()
         while not self._closing.is_set():
             try:
-                self._wait()
-                if self._look_at_tasks() or (self.trouble and self.machines()):
-                    self.trouble = ""
-            except Exception as error:  # noqa: BLE001  (the thread must live: runs wait for what it does next)
-                self._note_trouble(error)
+                with self._asking():
+                    self._wait()
+                    if self._look_at_tasks() or (self.trouble and self.machines()):
+                        self.trouble = ""
+            except ClusterError as error:
+                self._note_trouble(str(error))
             if time.monotonic() - beaten > BEAT_EVERY:
                 beaten = time.monotonic()
                 self._beat()
         if is_ours:
             ray.shutdown()
 
-    def _note_trouble(self, error: Exception) -> None:
-        """What Ray raises of a cluster that does not answer: said once, and tried again."""
+    def _note_trouble(self, words: str) -> None:
+        """The thread lives on, as runs wait for what it does next: said once, and tried again."""
         if not self.trouble:
-            LOG.error("%s; its runs are looked at again as soon as it does", self._no_answer(error))
-        self.trouble = self._no_answer(error)
+            LOG.error("%s; its runs are looked at again as soon as it does", words)
+        self.trouble = words
         self._closing.wait(LOOK_EVERY)
 
-    def _no_answer(self, error: Exception) -> str:
-        return f"the Ray cluster {self.address} does not answer ({type(error).__name__}: {one_line(error)})"
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """ClusterError for whatever Ray raises of a cluster that does not answer."""
+        try:
+            yield
+        except ClusterError:
+            raise
+        except Exception as error:  # noqa: BLE001  (Ray's errors have no common base)
+            words = f"the Ray cluster {self.address} does not answer ({type(error).__name__}: {one_line(error)})"
+            raise ClusterError(words) from error
 
     def _wait(self) -> None:
         """For a task to end, or for a moment."""

@@ -30,6 +30,7 @@ SMALL = 1 << 16  # numbers: shorter tensors are summed in one message
 OF_A_CONNECTION = ("gloo", "NCCL", "Connection closed by peer")  # in the errors of torch's backends
 LONGEST = 8  # dimensions of a tensor in a message
 LAUNCH = "torchrun --standalone --nproc_per_node=N -m prunedm"
+RANKS_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # torchrun's, Open MPI's, MPICH's
 UNSUPPORTED = {  # what accelerate launch sets -> what it is asked for by
     "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
@@ -40,9 +41,6 @@ IN_RECIPE = {  # variable -> (value that asks for nothing, what the recipe has i
     "ACCELERATE_DYNAMO_BACKEND": ("no", "train.compile: true"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "train.accumulate"),
 }
-
-
-RANKS_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")  # torchrun's, Open MPI's, MPICH's
 
 
 class LaunchError(ValueError):
@@ -290,7 +288,7 @@ def _all_reduce(tensor: Tensor) -> None:
     import torch.distributed
 
     _Ranks.sent += tensor.numel() * tensor.element_size()
-    with talking(surely=True):
+    with talking(alone=True):
         torch.distributed.all_reduce(tensor)
 
 
@@ -299,18 +297,18 @@ def _broadcast(tensor: Tensor, owner: int) -> None:
 
     if _Ranks.rank == owner:
         _Ranks.sent += tensor.numel() * tensor.element_size()
-    with talking(surely=True):
+    with talking(alone=True):
         torch.distributed.broadcast(tensor, owner)
 
 
 @contextmanager
-def talking(surely: bool = False) -> Iterator[None]:
-    """RankLost where torch raises of a connection that is closed, or of a time that is over. What has other reasons
-    passes, but for ``surely``: where nothing else is done inside."""
+def talking(alone: bool = False) -> Iterator[None]:
+    """RankLost where torch raises of a connection that is closed, or of a time that is over. ``alone``: nothing but
+    talking is done inside, so that whatever torch raises is of that; else what has other reasons passes."""
     try:
         yield
     except RuntimeError as error:
-        if not surely and not any(words in str(error) for words in OF_A_CONNECTION):
+        if not alone and not any(words in str(error) for words in OF_A_CONNECTION):
             raise
         _Ranks.is_lost = True
         raise RankLost(

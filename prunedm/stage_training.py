@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import data, diffusion, forecast, giveway, parallel, pictures, sharding, store, unet
+from . import data, diffusion, giveway, parallel, pictures, sharding, store, unet
 from .diagnostics import RISING, LossWatch
 from .failure import Diverged
 from .failure import remedy as remedy_of
@@ -25,7 +25,6 @@ from .training import Learner, Task, Trainer, Weights, Window
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 20  # and at most a twentieth of the time goes into writing them
 PREVIEW_IMAGES, PREVIEW_STEPS = 16, 10
-SHARED = ("prune", "finetune")  # stages whose training state ranks may share
 VALIDATED = 64  # held-out images of the losses on the way: the evaluation's first ones, with the same noise
 
 
@@ -55,16 +54,16 @@ class StageTraining:
         self.saved = time.monotonic()
         self.checkpoint_after = max(CHECKPOINT_SECONDS, CHECKPOINT_SHARE * (self.saved - started))
 
-    def _weights_of(self, model: torch.nn.Module, window: Window) -> Weights:
-        """A model's weights in training without masks, in shards where the recipe says so and there are ranks."""
-        if self._shares_state():
+    def _weights_of(self, model: torch.nn.Module, window: Window, steps: int) -> Weights:
+        """A model's weights in training without masks, in shards where ranks share the state of so many steps."""
+        if self._is_shared(steps):
             self.run.log(f"{parallel.size()} ranks share the training state")
             sharding.shard(model)
         return Weights(model.parameters(), self.recipe.train, window)
 
-    def _shares_state(self) -> bool:
-        """Whether ranks share the state of stage 1's training, and there is some."""
-        return self.recipe.train.shard and parallel.size() > 1 and any(forecast.planned(self.recipe)[s] for s in SHARED)
+    def _is_shared(self, steps: int) -> bool:
+        """Whether ranks share the state of a training of so many steps."""
+        return self.recipe.train.shard and parallel.size() > 1 and steps > 0
 
     def _require_equal_parts(self) -> None:
         """ValueError unless each rank passes its slice of a batch in as many parts as the others."""

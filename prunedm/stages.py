@@ -13,6 +13,7 @@ import torch
 
 from . import (
     evaluate,
+    forecast,
     giveway,
     mask_stage,
     model_card,
@@ -42,7 +43,8 @@ class Pipeline(StageTraining):
         known = self.run.has_checkpoint(mask_stage.M0)
         self.model, self.images = load_inputs(self.recipe, runs_dir, dense, masks_known=known)
         self._redo_what_is_missing()
-        if self._shares_state():
+        planned = forecast.planned(self.recipe)
+        if self._is_shared(planned["prune"] + planned["finetune"]):
             self._require_equal_parts()
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
@@ -124,7 +126,7 @@ class Pipeline(StageTraining):
         if not spec.round_steps:
             return
         window = Window((number - 1) * spec.round_steps, number * spec.round_steps)
-        weights = self._weights_of(model, window)
+        weights = self._weights_of(model, window, spec.round_steps)
         yield from self._train("prune", of, self._task(), DenseLoss(model), weights, window=window)
         weights.use_average()
         self.model.unet = unet.whole_model(model)
@@ -141,7 +143,7 @@ class Pipeline(StageTraining):
         tensors, found = self.run.load_checkpoint("pruned")
         self._take_pruned(tensors, found)
         model = self.model.unet.to(self.device)
-        weights = self._weights_of(model, Window.of(spec.finetune_steps))
+        weights = self._weights_of(model, Window.of(spec.finetune_steps), spec.finetune_steps)
         yield from self._train("finetune", spec.finetune_steps, self._task(), DenseLoss(model), weights)
         if spec.finetune_steps:
             weights.use_average()

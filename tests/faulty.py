@@ -102,10 +102,7 @@ class Moments:
 def _work(folder: str, deadly: int | None, told: str) -> None:
     run = store.Run(Path(folder))
     run.claim(run.state(), "queued")  # which the process that made it hands over
-    stage_training.CHECKPOINT_SECONDS, stage_training.CHECKPOINT_SHARE = (
-        0.0,
-        0.0,
-    )  # after each step: many moments are within one
+    stage_training.CHECKPOINT_SECONDS = stage_training.CHECKPOINT_SHARE = 0.0  # each step: many moments are within one
     progress.MetricsWriter.__init__.__defaults__ = (0.0,)
     pipeline.HEARTBEAT = math.inf  # a sign of life comes by the clock
     os.environ["PRUNEDM_CACHE"] = str(run.folder.parent / "cache")  # so that what fills it can be hurt too

@@ -300,7 +300,7 @@ def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch,
 
     monkeypatch.setattr(executor, "_wait", broken)
     until(lambda: executor.trouble)
-    assert "does not answer (ConnectionError: the head node is gone)" in executor.trouble
+    assert executor.trouble == "the Ray cluster local does not answer (ConnectionError: the head node is gone)"
     run = executor.submit(micro())
     monkeypatch.setattr(executor, "_wait", real)
     assert ended(run) == "done" and until(lambda: not executor.held()) and executor.trouble == ""
@@ -325,10 +325,12 @@ def test_ranks_end_with_the_worker_that_had_them_started(micro, tmp_path):
 
 
 def test_a_cluster_that_is_gone_takes_no_run(executor, monkeypatch, micro):
+    import ray
+
     def gone():
         raise ConnectionError("the head node is gone")
 
-    monkeypatch.setattr(executor, "machines", gone)
+    monkeypatch.setattr(ray, "nodes", gone)
     with pytest.raises(ClusterError, match="does not answer"):
         executor.submit(micro())
     (run,) = store.all_runs(executor.runs_dir)

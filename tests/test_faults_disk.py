@@ -7,7 +7,7 @@ from apptest import wait_for
 from full_disk import MIB, FailingWriter, SmallDisk
 from test_pipeline import assert_same
 
-from prunedm import failure, files, jobs, pipeline, progress, stages, state_file, store
+from prunedm import failure, files, jobs, pipeline, progress, stage_training, state_file, store
 from prunedm.__main__ import main
 from prunedm.jobs import Jobs
 from prunedm.jsonl import read_jsonl
@@ -60,8 +60,8 @@ MOMENTS = [  # and how many bytes are left: enough for lines and states, or for 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "step", "left"), MOMENTS)
 def test_a_disk_that_fills_up_costs_a_run_nothing_but_time(disk, unhurt, micro, monkeypatch, stage, step, left):
-    monkeypatch.setattr(stages, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(stages, "CHECKPOINT_SHARE", 0.0)
+    monkeypatch.setattr(stage_training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stage_training, "CHECKPOINT_SHARE", 0.0)
     monkeypatch.setattr(jobs, "RETRY", 0.05)
     server = Jobs(disk.folder)
     at(monkeypatch, "-first", stage, step, lambda: disk.fill(left))
@@ -158,8 +158,8 @@ def test_the_command_says_the_cause_and_the_run_can_be_resumed(disk, tmp_path, m
     run = store.create(tmp_path, micro())
     run.end(run.state(), "stopped", None)
     at(monkeypatch, run.id, "finetune", 2, disk.fill)
-    monkeypatch.setattr(stages, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(stages, "CHECKPOINT_SHARE", 0.0)
+    monkeypatch.setattr(stage_training, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(stage_training, "CHECKPOINT_SHARE", 0.0)
     assert main(["resume", run.id, "--runs-dir", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert f"{run.id} failed: {CAUSE}" in out and f"resume {run.id}" in out

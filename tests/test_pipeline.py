@@ -7,7 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prunedm import failure, inputs, learn, mask_stage, maskfile, pattern, pipeline, report, snapshots, stages, store
+from prunedm import (
+    failure,
+    inputs,
+    learn,
+    mask_stage,
+    maskfile,
+    pattern,
+    pipeline,
+    report,
+    snapshots,
+    stage_training,
+    store,
+)
 from prunedm import unet as unets
 from prunedm.progress import MetricsWriter
 from prunedm.records import STAGES
@@ -146,7 +158,7 @@ def test_a_crash_between_checkpoints_loses_and_doubles_nothing(tmp_path, micro, 
     """Checkpoint after every step, crash a step later: the line beyond the checkpoint must go."""
     recipe = micro(mask={"train_weights": True} | mask)
     whole = execute(tmp_path / "a", recipe)
-    monkeypatch.setattr(stages, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(stage_training, "CHECKPOINT_SECONDS", 0)
     run = store.create(tmp_path / "b", recipe)
 
     def crash(step):
