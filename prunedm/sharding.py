@@ -53,9 +53,9 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.full_tensor()
 
 
-def kept(tensor: Tensor) -> Tensor:
-    """:func:`whole` for rank 0 alone, on its CPU; on the other ranks nothing but a shape. What is in no shard stays as
-    it is."""
+def whole_on_rank_0(tensor: Tensor) -> Tensor:
+    """:func:`whole`, kept by rank 0 on its CPU, and by the other ranks as nothing but a shape. What is in no shard stays
+    as it is."""
     if not is_shard(tensor):
         return tensor
     found = whole(tensor.detach())
@@ -65,11 +65,11 @@ def kept(tensor: Tensor) -> Tensor:
 
 
 def is_gathered(tensor: Tensor) -> bool:
-    """Whether this came of :func:`kept` out of shards."""
+    """Whether this came of :func:`whole_on_rank_0` out of shards."""
     return getattr(tensor, "is_gathered", False)
 
 
-def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+def as_held_by(tensor: Tensor, parameter: Tensor) -> Tensor:
     """A whole tensor as a parameter holds its own: on its device, and this rank's part of it where that is a shard.
     What is of another shape than the parameter, as an optimiser's counter is, is no such tensor."""
     moved = tensor.to(parameter.device)

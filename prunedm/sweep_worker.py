@@ -242,9 +242,7 @@ class Worker:
             except store.Busy as error:
                 self._say_once(f"trial {trial.number} waits: {error}")
                 if self._is_stopped(surely=True):
-                    trial.set_user_attr(STOPPED, True)
-                    self.tell(f"trial {trial.number} stopped; the sweep goes on with it")
-                    raise Unfinished from error
+                    raise self._stopped(trial) from error
                 time.sleep(self.poll)
             except store.StoreError as error:
                 if not self._is_done(known):  # it may have come to its end just now
@@ -288,10 +286,14 @@ class Worker:
             return TrialPruned(watch.pruned)
         if status == "interrupted" or watch.asked or self._is_stopped(surely=True):
             self.ended = True
-            trial.set_user_attr(STOPPED, True)
-            self.tell(f"trial {trial.number} stopped; the sweep goes on with it")
-            return Unfinished()
+            return self._stopped(trial)
         self._fail(trial, f"run {run.id} was {status} by hand; start the sweep again with more trials to make up")
+
+    def _stopped(self, trial: Trial) -> Unfinished:
+        """Note at a trial that its worker was stopped, and did not die."""
+        trial.set_user_attr(STOPPED, True)
+        self.tell(f"trial {trial.number} stopped; the sweep goes on with it")
+        return Unfinished()
 
     def _fail(self, trial: Trial, cause: str) -> NoReturn:
         self._note_end(trial, "failed", cause)

@@ -254,21 +254,21 @@ class Weights:
         for i, parameter in enumerate(self.parameters):
             own = {f"weight.{i}": parameter, f"ema.{i}": self.ema.shadow_params[i]}
             own |= {f"adam.{i}.{k}": v for k, v in self.optimizer.state[parameter].items()}
-            found |= {name: sharding.kept(tensor) for name, tensor in own.items()}
+            found |= {name: sharding.whole_on_rank_0(tensor) for name, tensor in own.items()}
         return found | {"ema_step": torch.tensor(self.ema.optimization_step)}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
         for i, parameter in enumerate(self.parameters):
-            parameter.copy_(sharding.like(tensors[f"weight.{i}"], parameter))
-            self.ema.shadow_params[i].copy_(sharding.like(tensors[f"ema.{i}"], parameter))
+            parameter.copy_(sharding.as_held_by(tensors[f"weight.{i}"], parameter))
+            self.ema.shadow_params[i].copy_(sharding.as_held_by(tensors[f"ema.{i}"], parameter))
             self.optimizer.state[parameter] = optimizer_state(tensors, f"adam.{i}.", parameter)
         self.ema.optimization_step = int(tensors["ema_step"])
 
 
 def optimizer_state(tensors: dict[str, Tensor], prefix: str, like: Tensor) -> dict[str, Tensor]:
     """What an optimiser keeps of one parameter (moments, its step counter), as that is kept."""
-    return {k.removeprefix(prefix): sharding.like(v, like) for k, v in tensors.items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): sharding.as_held_by(v, like) for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def require_finite(what: str, value: float, step: int, stage: str, rates: dict[str, float]) -> None:

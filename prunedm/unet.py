@@ -324,7 +324,7 @@ def whole_model(model: nn.Module, for_all: bool = True) -> nn.Module:
     from .pruned_unet import build
 
     device = next(model.parameters()).device
-    gather = (lambda tensor: sharding.whole(tensor.detach()).cpu()) if for_all else sharding.kept
+    gather = (lambda tensor: sharding.whole(tensor.detach()).cpu()) if for_all else sharding.whole_on_rank_0
     tensors = {name: gather(tensor) for name, tensor in model.state_dict().items()}
     return build(model.config, tensors).to(device) if for_all or parallel.is_writer() else model
 
