@@ -54,8 +54,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_on_rank_0(tensor: Tensor) -> Tensor:
-    """:func:`whole`, kept by rank 0 on its CPU, and by the other ranks as nothing but a shape. What is in no shard stays
-    as it is."""
+    """:func:`whole`, kept by rank 0 on its CPU; the other ranks keep nothing but a shape. What is in no shard stays as
+    it is."""
     if not is_shard(tensor):
         return tensor
     found = whole(tensor.detach())
