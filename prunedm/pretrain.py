@@ -22,7 +22,7 @@ from .quality import VALIDATION_BATCH, VALIDATION_IMAGES
 from .recipe import Recipe
 from .records import Step
 from .seeds import derive
-from .stages import CHECKPOINT_SECONDS, CHECKPOINT_SHARE
+from .stage_training import CHECKPOINT_SECONDS, CHECKPOINT_SHARE
 from .store import VARIANT_RECORD, Run, check_writable, read_json, write_json
 from .training import DenseLoss, Task, Trainer, Weights, Window
 

@@ -1,6 +1,7 @@
 """Imports go one way: pages -> app -> prunedm, and inside prunedm from the top of the list down."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_a_module_imports_only_those_above_it(module):
     allowed = set(ORDER[: ORDER.index(module)]) | {"__version__"}
     found = {n.split(".")[1] for n in imported(ROOT / "prunedm" / f"{module}.py") if n.startswith("prunedm.")}
     assert found <= allowed, f"{module} imports {sorted(found - allowed)}"
+
+
+@pytest.mark.parametrize("module", [module for module in ORDER if module != "__main__"])
+def test_a_module_finds_what_it_imports(module):
+    """Also one that no other module of the engine imports, but a command when it is called."""
+    importlib.import_module(f"prunedm.{module}")
 
 
 def test_the_engine_does_not_know_the_app_and_the_app_not_the_pages():
