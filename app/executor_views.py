@@ -34,18 +34,23 @@ def choice() -> None:
 
 
 def state(jobs: Chosen) -> None:
-    """What the choice came to; looked at again while a cluster is being connected to."""
-    waiting = jobs.is_connecting()
+    """What the choice came to; looked at again while a cluster is being connected to, or does not answer."""
+
+    def waits() -> bool:
+        return jobs.is_connecting() or bool(jobs.trouble())
+
+    waiting = waits()
 
     @st.fragment(run_every=1.0 if waiting else None)
     def show() -> None:
-        if waiting and not jobs.is_connecting():
+        if waiting and not waits():
             st.rerun()
         if jobs.is_connecting():
             st.info(f"Connecting to the Ray cluster {parts.plain(jobs.choice.address)}…")
-        elif fault := jobs.fault or jobs.trouble():
-            st.error(f"{parts.plain(fault)}")
-        else:
+            return
+        for fault in filter(None, (jobs.fault, jobs.trouble())):
+            st.error(parts.plain(fault))
+        if not jobs.fault and (jobs.choice.executor == "local" or not jobs.trouble()):
             with parts.said():  # a cluster may be gone since
                 st.caption(words(jobs))
 

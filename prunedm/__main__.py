@@ -1,7 +1,8 @@
 """The command line: ``python -m prunedm run|resume|sweep|plan|pause|continue|stop|ls|show|tag|note|archive|rm|trash``,
 ``lab|doctor|masks|pretrain|export|verify`` and ``evaluate|compare|report``.
 
-Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C (resumable).
+Exit status: 0 done, 1 failed, 2 bad input (one line), 130 interrupted by Ctrl-C or by a rank's
+death (resumable).
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
 """
 

@@ -12,7 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ INSTALL = (
 LOCAL = "local"  # the address of a cluster of this machine alone, which lives as long as this process
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_EVERY, BEAT_EVERY = 0.5, 30.0  # seconds between two looks at the tasks, and two signs of life of those that wait
-STARTING = 120.0  # seconds for a cluster to start or to answer
+STARTING = 120.0  # seconds for a cluster to start
+ANSWER = 10.0  # seconds for it to answer
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
     "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",  # else it ends this process a minute after the cluster is gone
@@ -41,6 +43,10 @@ RAY_SETTINGS = {
 
 class ClusterError(ValueError):
     """A cluster that cannot be used, in one line."""
+
+
+class Unreachable(ClusterError):  # noqa: N818
+    """A cluster that does not answer now: what it was asked for can be asked again."""
 
 
 def require_ray() -> None:
@@ -64,6 +70,8 @@ class RayExecutor(Line):
         self._tasks: dict[str, Any] = {}  # run id to the reference of its task
         super().__init__()
         self._closing, self._ready = threading.Event(), threading.Event()
+        self._asked: Future | None = None  # the last question for the cluster's machines
+        self._said: set[str] = set()  # runs of which it is logged that they cannot be looked at
         self._fault, self.trouble = "", ""  # trouble: what the thread that watches met last, empty while all is well
         for name, value in RAY_SETTINGS.items():
             os.environ.setdefault(name, value)  # read when ray is imported
@@ -88,11 +96,10 @@ class RayExecutor(Line):
     def resume(self, run: Run) -> None:
         """Queue a stopped, failed or interrupted run again."""
         require_reserved(run.recipe())
-        with self._lock:
-            if run.id in self._tasks:
-                raise StoreError(f"run {run.id} is {run.state().status} on the cluster; it cannot be resumed")
-            run.take()
-            self.put(run)
+        if run.id in self.held():
+            raise StoreError(f"run {run.id} is {run.state().status} on the cluster; it cannot be resumed")
+        run.take()
+        self.put(run)
 
     def stop(self, run: Run) -> None:
         """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
@@ -105,12 +112,23 @@ class RayExecutor(Line):
             return list(self._tasks)
 
     def machines(self) -> list[dict[str, float]]:
-        """CPUs and GPUs of each machine of the cluster, used or not. ClusterError where it does not answer."""
+        """CPUs and GPUs of each machine of the cluster, used or not. Unreachable where it does not answer."""
+        with self._asking():
+            found = [node["Resources"] for node in self._nodes() if node["Alive"]]
+        return [{"cpus": one.get("CPU", 0.0), "gpus": one.get("GPU", 0.0)} for one in found]
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        """As ``ray.nodes`` tells them, which waits for ever for a head that is gone: then TimeoutError, and whoever
+        asks next waits for the same answer."""
         import ray
 
-        with self._asking():
-            found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return [{"cpus": one.get("CPU", 0.0), "gpus": one.get("GPU", 0.0)} for one in found]
+        with self._lock:
+            if self._asked is None or self._asked.done():
+                self._asked = _answer_of(ray.nodes)
+            asked = self._asked
+        if not wait([asked], ANSWER).done:
+            raise TimeoutError(f"nothing within {ANSWER:g} s")
+        return asked.result()
 
     def close(self) -> None:
         """Let go of the cluster. Runs that are worked on are interrupted where it was LOCAL."""
@@ -120,11 +138,15 @@ class RayExecutor(Line):
     # --- tasks ---------------------------------------------------------------------------------
     def put(self, run: Run) -> None:
         """Make a task of a run that is claimed as *queued* by this process."""
-        wanted = run.recipe().resources
+        recipe = run.recipe()
         try:
-            task = self._sent(run, wanted)
-        except ClusterError as error:
+            require_reserved(recipe)
+            task = self._sent(run, recipe.resources)
+        except Unreachable as error:
             run.end(run.state(), "interrupted", f"{error}; resume once it does")
+            raise
+        except ClusterError as error:
+            run.end(run.state(), "failed", str(error))
             raise
         with self._lock:
             self._waiting.append(run.id)
@@ -165,15 +187,17 @@ class RayExecutor(Line):
                     run.end(state, "stopped", None)
             except StoreError:  # a worker has the lock
                 return False
-            ray.cancel(task)  # one that began meanwhile finds its run stopped
             self._forget(run.id)
-            return True
+        with suppress(Exception):  # of a cluster that is gone; a task that began meanwhile finds its run stopped
+            ray.cancel(task)
+        return True
 
-    def _forget(self, run_id: str) -> None:
+    def _forget(self, run_id: str) -> Any:
+        """The task of a run that waits no longer and is worked on no more."""
         with self._lock:
-            self._tasks.pop(run_id, None)
             if run_id in self._waiting:
                 self._waiting.remove(run_id)
+            return self._tasks.pop(run_id, None)
 
     # --- the thread that watches ---------------------------------------------------------------
     def _watch(self) -> None:
@@ -188,16 +212,17 @@ class RayExecutor(Line):
         self._ready.set()
         beaten = time.monotonic()
         while not self._closing.is_set():
-            try:
-                with self._asking():
-                    self._wait()
-                    if self._look_at_tasks() or (self.trouble and self.machines()):
-                        self.trouble = ""
-            except ClusterError as error:
-                self._note_trouble(str(error))
-            if time.monotonic() - beaten > BEAT_EVERY:
+            is_due = time.monotonic() - beaten > BEAT_EVERY
+            if is_due:
                 beaten = time.monotonic()
                 self._beat()
+            try:
+                self._look_at_tasks()
+                if is_due or self.trouble:  # to wait for tasks is no question that a cluster must answer
+                    self.machines()
+                    self.trouble = ""
+            except ClusterError as error:
+                self._note_trouble(str(error))
         if is_ours:
             ray.shutdown()
 
@@ -210,25 +235,25 @@ class RayExecutor(Line):
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """ClusterError for whatever Ray raises of a cluster that does not answer."""
+        """Unreachable for whatever Ray raises of a cluster that does not answer."""
         try:
             yield
         except ClusterError:
             raise
         except Exception as error:  # noqa: BLE001  (Ray's errors have no common base)
             words = f"the Ray cluster {self.address} does not answer ({type(error).__name__}: {one_line(error)})"
-            raise ClusterError(words) from error
+            raise Unreachable(words) from error
 
-    def _wait(self) -> None:
-        """For a task to end, or for a moment."""
+    def _ended(self, tasks: list[Any]) -> set[Any]:
+        """Those that have ended, after a moment in which one may."""
         import ray
 
-        with self._lock:
-            tasks = list(self._tasks.values())
-        if tasks:
-            ray.wait(tasks, num_returns=1, timeout=LOOK_EVERY)
-        else:
+        if not tasks:
             self._closing.wait(LOOK_EVERY)
+            return set()
+        with self._asking():
+            ray.wait(tasks, num_returns=1, timeout=LOOK_EVERY)
+            return set(ray.wait(tasks, num_returns=len(tasks), timeout=0)[0])
 
     def _connect(self) -> bool:
         import ray
@@ -242,25 +267,25 @@ class RayExecutor(Line):
             return False
         return True
 
-    def _look_at_tasks(self) -> bool:
-        """Whether there were any, and so the cluster has answered."""
-        import ray
-
+    def _look_at_tasks(self) -> None:
         with self._lock:
             tasks = dict(self._tasks)
-        if not tasks:
-            return False
-        ended = set(ray.wait(list(tasks.values()), num_returns=len(tasks), timeout=0)[0])
+        ended = self._ended(list(tasks.values()))
         for run_id, task in tasks.items():
             run = Run(self.runs_dir / run_id)
-            with suppress(OSError, StoreError):  # its folder is gone or full: the others are looked at all the same
+            try:
                 if task in ended:
                     self._conclude(run, task)
                 else:
                     self._look_at(run)
+            except (OSError, StoreError):
+                pass  # its folder is gone or full: the others are looked at all the same
+            except Exception:
+                if run_id not in self._said:  # the thread must live: other runs wait for what it does next
+                    self._said.add(run_id)
+                    LOG.exception("run %s cannot be looked at", run_id)
             if task in ended:
                 self._forget(run_id)
-        return True
 
     def _look_at(self, run: Run) -> None:
         """Where a run is that Ray has not ended: waiting, worked on, or lost with its worker."""
@@ -283,9 +308,9 @@ class RayExecutor(Line):
                 if state.status != "interrupted":
                     return False
                 if not take_back(run, state):
-                    with self._lock:
-                        ray.cancel(self._tasks[run.id])
-                    self._forget(run.id)
+                    task = self._forget(run.id)
+                    with self._asking():
+                        ray.cancel(task)
                     return True
         except StoreError:  # another worker has it by now
             return False
@@ -345,6 +370,20 @@ def _environment(gpus: float) -> dict[str, str]:
     """What a worker's process is to see: this code, and no GPU that it did not reserve."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {"PYTHONPATH": path} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def _answer_of(question: Callable[[], Any]) -> Future:
+    """What a question will have been answered by, asked on a thread that may never end."""
+    answer: Future = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except Exception as error:  # noqa: BLE001  (raised where the answer is read)
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="prunedm-ray-question", daemon=True).start()
+    return answer
 
 
 def _last_line(error: BaseException) -> str:

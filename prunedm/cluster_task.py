@@ -42,14 +42,14 @@ def work(folder: str) -> str:
 
 
 def _work(run: Run, stop: Stop = lambda: False) -> str:
-    """What this process, or each of the ranks, does on a run."""
+    """What this process, or each of the ranks, does on a run. Another worker goes on with one that ``stop`` ends."""
     load_engine()
     from . import pipeline, shared_run
 
     own = shared_run.of(run)
     with own.lock(PATIENCE):
         ended = parallel.shared(lambda: _ended_or_taken(run))
-        return ended or pipeline.work(own, stop=stop)
+        return ended or pipeline.work(own, stop=stop, stopped="interrupted")
 
 
 def _ended_or_taken(run: Run) -> str:
@@ -96,7 +96,8 @@ def _end_with(parent: int) -> None:
 
 
 def _rank(folder: str) -> int:
-    """One of the ranks of a task: its exit status. A launcher that ends them all is obeyed after the step at hand."""
+    """One of the ranks of a task: its exit status. A launcher that ends them all, as its machine does before it goes
+    down, is obeyed after the step at hand."""
     threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     parallel.join()
     with interruptions("run") as stop:
@@ -105,8 +106,9 @@ def _rank(folder: str) -> int:
 
 def take_back(run: Run, state: RunState) -> bool:
     """A run whose worker died waits for another one, if there were not too many before. The run's lock is held."""
+    lost = _times_lost(run) + 1
     run.event(LOST, host=state.host, pid=state.pid)
-    if (lost := _times_lost(run)) > RETRIES:  # Ray itself would retry for ever a task that uses all memory
+    if lost > RETRIES:  # Ray itself would retry for ever a task that uses all memory
         cause = f"its worker died {lost} times, the last one on {state.host}; give it more memory, or smaller batches"
         run.end(state, "interrupted", f"{cause}, and resume")
         run.log(cause)

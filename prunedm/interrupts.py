@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from . import parallel
@@ -25,7 +25,8 @@ def interruptions(work: str) -> Iterator[Callable[[], bool]]:
         if len(asked) > 1 and not ranks:
             raise KeyboardInterrupt
         if len(asked) == 1 and parallel.is_writer():
-            print(f"stopping after this step; the {work} can be resumed", file=sys.stderr)
+            with suppress(OSError):  # of whoever read it and is gone
+                print(f"stopping after this step; the {work} can be resumed", file=sys.stderr, flush=True)
 
     watched = (signal.SIGINT, signal.SIGTERM) if ranks else (signal.SIGINT,)
     previous = [signal.signal(number, on_interrupt) for number in watched]

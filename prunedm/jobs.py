@@ -25,7 +25,7 @@ from typing import Protocol
 from . import owner, store
 from .logs import LOGGER
 from .recipe import Recipe
-from .records import ACTIVE, RunState, Step
+from .records import ACTIVE, STAGES, RunState, Step
 from .store import Run
 
 Stop = Callable[[], bool]
@@ -238,14 +238,17 @@ def through(executor: Executor, poll: float = 1.0) -> Execute:
 
 
 def _steps(lines: Iterable[bytes], state: RunState) -> list[Step]:
-    """Steps as their lines tell them. Of a stage that the run has left its last step is the number of them."""
+    """Steps as their lines tell them. Of a stage that the run has left its last step is the number of them; of one that
+    it has entered since, that is not known."""
     found = []
     for line in lines:
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             record = json.loads(line)
             found.append(Step(record.pop("stage"), record.pop("step"), state.of, record))
     last = {step.stage: step.step for step in found}
-    return [step if step.stage == state.stage else replace(step, of=last[step.stage]) for step in found]
+    left = STAGES[: STAGES.index(state.stage)] if state.stage in STAGES else ()
+    of = {state.stage: state.of} | {stage: last.get(stage, 0) for stage in left}
+    return [replace(step, of=of.get(step.stage, 0)) for step in found]
 
 
 def follow(run: Run, on_step: OnStep, stop: Stop, executor: Executor, poll: float) -> str:

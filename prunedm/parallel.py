@@ -2,7 +2,8 @@
 
 Every rank runs the same program from the same seeds, so that all hold the same weights, logits and masks at
 each step; what differs is the slice of a batch that a rank passes through the network. So ranks send one
-another sums only: of gradients, of statistics, of the loss residual. Rank 0 alone writes and decides.
+another sums only: of gradients, of statistics, of the loss residual. Rank 0 alone writes and decides. Where stage 1
+is to share its training state, sharding.py has FSDP keep, gather and sum a part of it on each rank.
 
 The road not taken: DistributedDataParallel. Gradients of masked weights lie in a few flat tensors already
 (masked_unet.py), which weights have gradients changes within a stage, and ``reinforce`` has none at all.
@@ -18,8 +19,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+
+from . import failure
 
 if TYPE_CHECKING:
     import torch
@@ -143,8 +146,9 @@ def leave(status: int) -> None:
         from accelerate import PartialState
 
         if status == 0:
-            meet()
-            PartialState().destroy_process_group()
+            with suppress(RankLost):  # what this one had to do is done
+                meet()
+                PartialState().destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -304,11 +308,12 @@ def _broadcast(tensor: Tensor, owner: int) -> None:
 @contextmanager
 def talking(alone: bool = False) -> Iterator[None]:
     """RankLost where torch raises of a connection that is closed, or of a time that is over. ``alone``: nothing but
-    talking is done inside, so that whatever torch raises is of that; else what has other reasons passes."""
+    talking is done inside, so that what torch raises is of that, but for memory that this rank could not get; else
+    what has other reasons passes."""
     try:
         yield
     except RuntimeError as error:
-        if not alone and not any(words in str(error) for words in OF_A_CONNECTION):
+        if failure.out_of_memory(error) or not (alone or any(words in str(error) for words in OF_A_CONNECTION)):
             raise
         _Ranks.is_lost = True
         raise RankLost(

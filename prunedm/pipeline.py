@@ -13,7 +13,7 @@ import torch
 
 from . import artifacts, failure, giveway, parallel, shared_run, system
 from .progress import MetricsWriter
-from .records import Step
+from .records import Status, Step
 from .stages import Pipeline
 from .store import Run
 
@@ -26,7 +26,8 @@ def execute(
     on_step: Callable[[Step], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Run or resume; returns the final status: done, stopped or failed. Records every ending.
+    """Run or resume; returns the final status: done, stopped, failed, or interrupted where Ctrl-C or another rank's
+    death cut it short. Records every ending.
 
     ``stop`` is asked after each step and between the parts of long ones; so are the run's request files, through
     which other processes ask it to stop, to pause and to go on. store.Busy, with nothing changed, where another
@@ -42,19 +43,21 @@ def work(
     run: Run,
     on_step: Callable[[Step], None] = lambda step: None,
     stop: Callable[[], bool] = lambda: False,
+    stopped: Status = "stopped",
 ) -> str:
-    """:func:`execute`, for the one who holds the run's lock."""
+    """:func:`execute`, for the one who holds the run's lock. stopped: how a run ends that ``stop`` cut short, and not a
+    request in its folder."""
     from . import training
 
     with training.memory_kept(), system.sampled(run), artifacts.mirrored(run):
-        status = _work(run, on_step, stop)
+        status = _work(run, on_step, stop, stopped)
     if status in ("done", "stopped"):
         with suppress(parallel.RankLost):  # the ending is recorded
             parallel.meet()  # or a launcher, seeing one rank gone, would end rank 0 in its last copies
     return status
 
 
-def _work(run: Run, on_step: Callable[[Step], None], stop: Callable[[], bool]) -> str:
+def _work(run: Run, on_step: Callable[[Step], None], stop: Callable[[], bool], stopped: Status) -> str:
     """From the claim to the ending, which is recorded."""
     state = run.state()
     run.require_free(state)
@@ -67,7 +70,7 @@ def _work(run: Run, on_step: Callable[[Step], None], stop: Callable[[], bool]) -
             for step in session.steps():
                 on_step(step)
     except Stopped:
-        status = "stopped"
+        status = "stopped" if session.is_requested else stopped
     except KeyboardInterrupt:
         status, error = "interrupted", "interrupted; the last checkpoint is kept"
     except (Exception, SystemExit) as cause:  # noqa: BLE001  (the boundary of a job: all is recorded and shown)
@@ -103,6 +106,7 @@ class Session:
     def __init__(self, run: Run, writer: MetricsWriter, stop: Callable[[], bool]) -> None:
         self.run, self.writer, self.stop = run, writer, stop
         self.work: Pipeline | None = None
+        self.is_requested = False  # whether the folder asked for the stop
         self.before, self.started = writer.state.seconds, time.monotonic()
 
     def steps(self) -> Iterator[Step]:
@@ -138,7 +142,8 @@ class Session:
             self.writer.flush()
 
     def _is_told_to_stop(self) -> bool:
-        return bool(parallel.decide(self.stop() or self.run.stop_requested()))
+        self.is_requested = self.run.stop_requested()
+        return bool(parallel.decide(self.stop() or self.is_requested))
 
     def _is_told_to_pause(self) -> bool:
         return bool(parallel.decide(self.run.pause_requested()))

@@ -99,7 +99,7 @@ def summary(page: Page) -> Html:
 def _stages(run: Run) -> list[Html]:
     """Stage 1 in a sentence, with the reason where its target was missed; alerts; how the run ended."""
     parts: list[Html] = []
-    events = [event for event in run.events() if isinstance(event, dict)]
+    events = run.events()
     pruned = next((event["report"] for event in reversed(events) if event.get("kind") == "pruned"), None)
     if pruned is not None:
         parts.append(paragraph(f"{report.stage_one(pruned)} {pruned.get('reason') or ''}".strip()))

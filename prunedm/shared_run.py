@@ -108,10 +108,10 @@ class SharedRun(Run):
         none was killed, and the run is interrupted."""
         if not (parallel.is_lost() and parallel.is_writer()):
             return status, error, remedy
-        events = [event for event in self.events() if isinstance(event, dict)]
-        began = max((i for i, event in enumerate(events) if event.get("kind") == "started"), default=0)
+        events = self.events()
+        began = max((i for i, event in enumerate(events) if event["kind"] == "started"), default=0)
         for event in events[began:]:
-            if event.get("kind") == RANK_FAILED:
+            if event["kind"] == RANK_FAILED:
                 return "failed", f"rank {event['rank']}: {event['error']}", event["remedy"]
         return "interrupted", error, remedy
 
@@ -142,4 +142,5 @@ class SharedRun(Run):
 
 
 def _say(line: str) -> None:
-    print(f"rank {parallel.rank()}: {line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # of whoever read it and is gone
+        print(f"rank {parallel.rank()}: {line}", file=sys.stderr, flush=True)

@@ -67,7 +67,7 @@ class StageTraining:
 
     def _require_equal_parts(self) -> None:
         """ValueError unless each rank passes its slice of a batch in as many parts as the others."""
-        size, of = self.recipe.data.batch_size, self.recipe.train.accumulate
+        size, of = min(self.recipe.data.batch_size, len(self.images.train)), self.recipe.train.accumulate
         if size // parallel.size() < of:
             raise ValueError(
                 f"train.accumulate={of}: {parallel.size()} ranks that share a model need as many parts each of a batch "
@@ -167,7 +167,7 @@ class StageTraining:
         return Task.of(self.recipe, self.model.scheduler, self.images.train, self.device, teacher)
 
     def _alert(self, stage: str, step: int, what: str, text: str, remedy: str, **more: Any) -> None:
-        """more: ``changes``, fields of the recipe to their values, where the remedy is just these."""
+        """more: ``changes``, fields of the recipe to the values to try next, of the remedy or of a part of it."""
         self.run.event("alert", stage=stage, step=step, what=what, text=text, remedy=remedy, **more)
         self.run.log(f"ALERT ({what}): {text}; {remedy}")
 

@@ -43,9 +43,7 @@ class Pipeline(StageTraining):
         known = self.run.has_checkpoint(mask_stage.M0)
         self.model, self.images = load_inputs(self.recipe, runs_dir, dense, masks_known=known)
         self._redo_what_is_missing()
-        planned = forecast.planned(self.recipe)
-        if self._is_shared(planned["prune"] + planned["finetune"]):
-            self._require_equal_parts()
+        self._look_at_shares()
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
         if "dense" not in self.run.variants():
@@ -63,6 +61,15 @@ class Pipeline(StageTraining):
             self.writer.flush()
             self.run.drop_checkpoint(stage)
             self.run.event("stage_done", stage=stage)
+
+    def _look_at_shares(self) -> None:
+        """Whether the ranks that are to share a model in what is left of stage 1 can; one process alone is told."""
+        planned, done = forecast.planned(self.recipe), self.writer.state.stages_done
+        left = sum(planned[stage] for stage in ("prune", "finetune") if stage not in done)
+        if self._is_shared(left):
+            self._require_equal_parts()
+        elif self.recipe.train.shard and left and parallel.size() == 1:
+            self.run.log("train.shard: one process works on this run, so that nothing is shared")
 
     def _redo_what_is_missing(self) -> None:
         """A stage whose result was deleted (say, because it was damaged) is not done any more."""

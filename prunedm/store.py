@@ -38,7 +38,7 @@ EVENTS = "events.jsonl"
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
 HEARTBEAT = ".heartbeat"  # its time is that of the owner's last sign of life, where state.json's is older
-HANDOVER = 3.0  # seconds that an owner which has recorded its ending may still hold the lock
+HANDOVER = 20.0  # seconds that an owner which has recorded its ending may still hold the lock
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
 
@@ -162,13 +162,16 @@ class Run:
     def end(self, state: RunState, status: Status, error: str | None, remedy: dict[str, Any] | None = None) -> None:
         """Record how the work on the run ended; ``remedy`` as in RunState.
 
-        What a full disk refuses is kept in memory, where :meth:`state` finds it, until it can be written.
+        Requests to stop or to pause are met then, but where the work was interrupted: whoever goes on with it without
+        :meth:`take` obeys them. What a full disk refuses is kept in memory, where :meth:`state` finds it, until it can
+        be written.
         """
         state.status, state.error, state.ended, state.eta = status, error, time.time(), None
         state.remedy = remedy or {}
         try:
-            self.clear_stop()
-            self.clear_pause()
+            if status != "interrupted":
+                self.clear_stop()
+                self.clear_pause()
             self.write_state(state)
         except OSError:
             _UNWRITTEN[self.folder] = state
@@ -216,7 +219,7 @@ class Run:
         """An event in place of one about the same, which a process may have left that died before its work was kept."""
         same = {"kind": kind} | about
         events = self.events()
-        kept = [event for event in events if not isinstance(event, dict) or {**event, **same} != event]
+        kept = [event for event in events if {**event, **same} != event]
         if len(kept) < len(events):
             write_atomic(self.folder / EVENTS, files.as_lines(kept))
         self.event(**same, **values)
@@ -233,7 +236,8 @@ class Run:
         return read_jsonl(self.folder / MASK_LAYERS)
 
     def events(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.folder / EVENTS)
+        """What happened, in order; a line that tells no event, as a damaged file may hold, is left out."""
+        return [one for one in read_jsonl(self.folder / EVENTS) if isinstance(one, dict) and "kind" in one]
 
     def forget_after(self, stage: str, step: int) -> None:
         """Drop what a killed process recorded of ``stage`` beyond its checkpoint at ``step`` (-1: of every step)."""

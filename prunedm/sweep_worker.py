@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import comparison, store, sweep, sweep_trials
+from .cluster import Unreachable
 from .jobs import Execute, Stop, here, load_engine
 from .recipe import Recipe, RecipeError
 from .store import Run
@@ -208,6 +209,9 @@ class Worker:
         if status != "done":
             try:
                 status = self.execute(run, watch.on_step, watch.stop)
+            except Unreachable as error:  # nothing is known of this trial yet
+                self._stopped(trial)
+                raise SweepError(f"{error}; start the sweep again once it does") from error
             except Exception as error:  # noqa: BLE001  (the sweep goes on whatever one run does)
                 self._fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         trial.set_user_attr(STATUS, status)
@@ -284,9 +288,12 @@ class Worker:
             run.log(f"stopped by the sweep {self.spec.name}: {watch.pruned}")
             self._note_end(trial, "pruned", watch.pruned)
             return TrialPruned(watch.pruned)
-        if status == "interrupted" or watch.asked or self._is_stopped(surely=True):
+        is_by_hand = status == "interrupted" and self.execute is here  # Ctrl-C; elsewhere, workers died again and again
+        if is_by_hand or watch.asked or self._is_stopped(surely=True):
             self.ended = True
             return self._stopped(trial)
+        if status == "interrupted":
+            self._fail(trial, run.state().error or "the run was interrupted; see its log")
         self._fail(trial, f"run {run.id} was {status} by hand; start the sweep again with more trials to make up")
 
     def _stopped(self, trial: Trial) -> Unfinished:

@@ -164,7 +164,8 @@ class Task:
 
     def backward(self, denoiser: nn.Module, batch: NoisedBatch, samples: int = 1) -> Tensor:
         """:meth:`losses`, and into ``.grad`` this rank's part of the gradient of their mean over the whole batch,
-        divided by ``samples``. Ranks still have to sum what they gathered."""
+        divided by ``samples``. Ranks that do not share the model (sharding.py) still have to sum what they gathered.
+        """
         losses, errors = [], []
         for part in batch.parts(self.accumulate):
             objective, error = self._pass(denoiser, part)

@@ -65,7 +65,7 @@ def labels(app: AppTest) -> list[str]:
     return [b.label for b in app.button]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

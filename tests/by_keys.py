@@ -264,7 +264,7 @@ def opens_and_closes(page, name: str, within: str) -> None:
     asks.wait_for()
     press(page, "Escape")
     asks.wait_for(state="hidden")
-    for _ in range(100):
+    for _ in range(1200):
         if re.search(name, page.evaluate(FOCUSED)[0]):
             return
         page.wait_for_timeout(50)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -15,17 +16,19 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from prunedm import recipe as recipes
 from prunedm import unet as unets
 from prunedm.recipe import Recipe
 
-TURNS = 10
+TURNS = 20
 
 
 def pytest_configure() -> None:
-    """Slow tests take turns, a tenth a day, and so do the cases of a test that is ``in_turn(n)``, every n-th a day and
-    at least one. PRUNEDM_SLOW=all (make nightly) runs every one, PRUNEDM_SLOW=none no slow one and the first cases.
+    """Slow tests take turns, a twentieth a day, and so do the cases of a test that is ``in_turn(n)``, every n-th a day
+    and at least one. PRUNEDM_SLOW=all (make nightly) runs every one, PRUNEDM_SLOW=none no slow one and the first cases.
 
     The day is read once, for all worker processes.
     """
@@ -72,6 +75,22 @@ def make_unet(**changes):
 def cache_folder(tmp_path_factory) -> None:
     """Reference statistics of the tests' images go into a folder of their own."""
     os.environ["PRUNEDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unflushed() -> Iterator[None]:
+    """Files and databases are written but not flushed to the disk, of which no test can tell, and a tenth of whose time
+    it takes."""
+
+    def without_flushes(connection, record) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", without_flushes)
+    flush, os.fsync = os.fsync, lambda file: None
+    yield
+    os.fsync = flush
+    event.remove(Engine, "connect", without_flushes)
 
 
 @pytest.fixture(scope="session", autouse=True)

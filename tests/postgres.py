@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 
 PLACES = Path("/usr/lib/postgresql")  # Debian's package keeps its programs out of PATH
@@ -40,16 +40,10 @@ def somebody() -> dict[str, Any]:
     pytest.skip("no user postgres or nobody to start PostgreSQL as: its tests are skipped")
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 @contextmanager
 def server() -> Iterator[str]:
     """URL of an empty database, as SQLAlchemy takes it."""
-    binaries, other, port = programs(), somebody(), free_port()
+    binaries, other = programs(), somebody()
     folder = Path(tempfile.mkdtemp(prefix="prunedm-postgres-"))
     try:
         if other:
@@ -58,6 +52,7 @@ def server() -> Iterator[str]:
         data = folder / "data"
         common = ["-D", str(data), "-U", "prunedm", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C"]
         subprocess.run([binaries / "initdb", *common], **options)
+        port = browser.free_port()
         settings = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
         begin = [binaries / "pg_ctl", "-D", data, "-w", "-t", "120", "-l", folder / "log", "-o", settings, "start"]
         subprocess.run(begin, **options)

@@ -432,16 +432,17 @@ def test_start_queues_a_run_that_ends_done_and_stop_takes_one_out_of_the_queue(r
 
 def test_a_running_job_stops_and_resumes_through_the_lab(runs, micro, monkeypatch):
     """The mask stage waits at its third step until the stop has been asked for, as a slow one would."""
-    jobs, step, asked = lab.jobs(), learn.GumbelMasks.step, threading.Event()
+    jobs, step, reached, asked = lab.jobs(), learn.GumbelMasks.step, threading.Event(), threading.Event()
 
     def slow(self, task, batch, number, weights):
         if number == 3:
-            assert asked.wait(60)
+            reached.set()
+            assert asked.wait(120)
         return step(self, task, batch, number, weights)
 
     monkeypatch.setattr(learn.GumbelMasks, "step", slow)
     run = jobs.submit(micro())
-    wait_for(lambda: run.state().stage == "mask")
+    assert reached.wait(120)
     jobs.stop(run)
     assert run.state().status == "stopping"
     asked.set()

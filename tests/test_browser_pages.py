@@ -15,8 +15,6 @@ import browser
 import pytest
 from by_keys import BY_KEYS, act, arrive, press, rest, tab_to
 from fake_runs import active_states, other_states
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 from test_sweep_page import swept
 
 from app import login
@@ -146,18 +144,10 @@ def nothing_from_outside(page) -> Iterator[None]:
 def filled(place, micro, model_folder, page) -> dict[str, Run]:
     """A finished run of the engine, a copy of it at work, one made otherwise, and a run in each other state."""
     active_states(place)  # these are older than what the tests delete
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        event.listen(Engine, "connect", without_flushes)
-        swept(place, trials=TRIALS)
-        event.remove(Engine, "connect", without_flushes)
-        other_states(place)
-        imports.from_path(model_folder, place)
-        return engine_runs(place, micro)
-
-
-def without_flushes(connection, record) -> None:
-    connection.execute("PRAGMA synchronous=OFF")
+    swept(place, trials=TRIALS)
+    other_states(place)
+    imports.from_path(model_folder, place)
+    return engine_runs(place, micro)
 
 
 def engine_runs(place: Path, micro) -> dict[str, Run]:
@@ -367,7 +357,7 @@ def test_a_heatmap_of_layers_has_half_of_a_narrow_window(page, url, filled):
     assert share > 0.5
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(900)
 def test_the_keyboard_is_enough(page, url, filled):
     load(page, url)
     look(page, "light", WIDE)

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from prunedm import store
 from prunedm.__main__ import main
+from prunedm.interrupts import interruptions
 
 
 def arguments(recipe, runs_dir):
@@ -138,6 +140,21 @@ def test_failure_is_exit_1(micro, tmp_path, capsys, monkeypatch):
     assert last["status"] == "failed" and last["error"] == "RuntimeError: the tool broke"
 
 
+def test_an_interruption_that_nobody_can_be_told_of_is_one(monkeypatch):
+    """As where a launcher is killed: its ranks write into a pipe that nobody reads, and still stop after the step."""
+    told = []
+
+    def broken(text):
+        told.append(text)
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with monkeypatch.context() as patch, interruptions("run") as stop:
+        patch.setattr(sys, "stderr", SimpleNamespace(write=broken, flush=lambda: None))
+        assert not stop()
+        signal.raise_signal(signal.SIGINT)
+        assert stop() and told == ["stopping after this step; the run can be resumed"]
+
+
 def test_ctrl_c_saves_and_exits_130_and_resume_finishes(micro, tmp_path):
     command = [sys.executable, "-m", "prunedm", *arguments(micro(), tmp_path), "--set", "mask.steps=100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -149,7 +166,7 @@ def test_ctrl_c_saves_and_exits_130_and_resume_finishes(micro, tmp_path):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "Traceback" not in output
     run = store.all_runs(tmp_path)[0]

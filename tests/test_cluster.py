@@ -9,9 +9,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from apptest import click, open_page, shown
@@ -94,7 +96,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def test_a_killed_worker_is_retried_and_ends_with_the_uninterrupted_result(executor, micro):
-    recipe = micro(mask={"steps": 200})
+    recipe = micro(mask={"steps": 1000})
     whole, hurt = executor.submit(recipe), executor.submit(recipe)
     state = at_work(hurt, "mask", 1)
     assert state.pid != os.getpid() and hurt.state().status == "running"
@@ -164,6 +166,8 @@ def test_steps_of_stages_that_went_by_between_two_looks_have_their_number():
     found = jobs._steps([*lines, b"torn {"], RunState(stage="recover", of=9))
     assert [(step.stage, step.step) for step in found] == told
     assert [step.of for step in found] == [2, 2, 3, 3, 3, 9] and found[0].values == {"loss": 0.1}
+    found = jobs._steps(lines, RunState(stage="mask", of=9))
+    assert [step.of for step in found] == [2, 2, 9, 9, 9, 0], "what has begun since is of a number that is not known"
 
 
 @pytest.mark.slow
@@ -279,6 +283,32 @@ def test_a_task_of_several_gpus_is_worked_on_by_as_many_ranks(micro, tmp_path, m
 
 
 @pytest.mark.slow
+def test_ranks_of_a_machine_that_goes_down_leave_their_run_to_others(micro, tmp_path, monkeypatch):
+    """It tells all processes to end, the launcher among them."""
+    monkeypatch.setattr(cluster_task, "ranks_of", lambda recipe: 2)
+    run, raised = store.create(tmp_path, micro(mask={"steps": 3000})), []
+
+    def work():
+        with pytest.raises(cluster_task.RanksDied) as caught:
+            cluster_task.work(str(run.folder))
+        raised.append(str(caught.value))
+
+    task = threading.Thread(target=work)
+    task.start()
+    at_work(run, "mask", 1)
+    (launcher,) = [one for one in psutil.Process().children() if "torch.distributed.run" in one.cmdline()]
+    launcher.terminate()
+    task.join(PATIENCE)
+    assert raised and run.state().status == "interrupted"
+    step = run.load_checkpoint("mask")[1]["done"]
+    assert 0 < step < 3000 and step == run.metrics()[-1]["step"], "after the step at hand"
+    recipe = run.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("steps: 3000", f"steps: {step + 2}"))
+    assert cluster_task.work(str(run.folder)) == "done"
+    assert kinds(run).count("worker_lost") == 1
+
+
+@pytest.mark.slow
 def test_what_a_rank_of_a_task_raises_is_the_runs_error(micro, tmp_path, monkeypatch):
     """The launcher ends the other at once, which must have the time to say so."""
     monkeypatch.setattr(cluster_task, "ranks_of", lambda recipe: 2)
@@ -293,18 +323,80 @@ def test_a_machine_without_the_runs_folder_says_so(tmp_path):
 
 
 def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch, caplog, micro):
-    real = executor._wait
-
     def broken():
         raise ConnectionError("the head node is gone")
 
-    monkeypatch.setattr(executor, "_wait", broken)
-    until(lambda: executor.trouble)
-    assert executor.trouble == "the Ray cluster local does not answer (ConnectionError: the head node is gone)"
-    run = executor.submit(micro())
-    monkeypatch.setattr(executor, "_wait", real)
-    assert ended(run) == "done" and until(lambda: not executor.held()) and executor.trouble == ""
+    said = "the Ray cluster local does not answer (ConnectionError: the head node is gone)"
+    with monkeypatch.context() as gone:
+        gone.setattr(cluster, "BEAT_EVERY", 0.0)
+        gone.setattr(executor, "_nodes", broken)
+        until(lambda: executor.trouble)
+        assert executor.trouble == said
+        with pytest.raises(cluster.Unreachable, match="the head node is gone"):
+            executor.submit(micro())
+        (run,) = store.all_runs(executor.runs_dir)
+        assert (run.state().status, run.state().error) == ("interrupted", f"{said}; resume once it does")
+    until(lambda: not executor.trouble)
+    executor.resume(run)
+    assert ended(run) == "done" and until(lambda: not executor.held())
     assert sum("does not answer" in record.message for record in caplog.records) == 1
+
+
+def test_a_head_that_is_gone_is_asked_once_and_waited_for_so_long_only(executor, monkeypatch):
+    """Ray's own question would wait for ever, and a page with it."""
+    import ray
+
+    asked, back = [], threading.Event()
+
+    def nodes():
+        asked.append(1)
+        assert back.wait(60)
+        return []
+
+    monkeypatch.setattr(cluster, "ANSWER", 0.2)
+    monkeypatch.setattr(ray, "nodes", nodes)
+    for _ in range(2):
+        with pytest.raises(cluster.Unreachable, match=r"does not answer \(TimeoutError: nothing within 0.2 s\)"):
+            executor.machines()
+    assert len(asked) == 1
+    back.set()
+    until(lambda: executor._asked.done())
+    assert executor.machines() == [] and len(asked) == 2
+
+
+def test_what_cannot_be_read_of_one_run_keeps_no_other_one_waiting(executor, monkeypatch, caplog, micro):
+    real = executor._look_at
+
+    def broken(run):
+        if run.id == hurt.id:
+            raise KeyError("kind")
+        real(run)
+
+    monkeypatch.setattr(executor, "_look_at", broken)
+    hurt = executor.submit(micro(mask={"steps": 5000}))
+    other = executor.submit(micro())
+    assert ended(other) == "done" and until(lambda: executor.held() == [hurt.id])
+    hurt.request_stop()
+    assert ended(hurt) == "stopped" and until(lambda: not executor.held())
+    assert sum(f"run {hurt.id} cannot be looked at" in record.message for record in caplog.records) == 1
+
+
+def test_lines_that_tell_no_event_are_no_lost_workers(tmp_path):
+    run = store.create(tmp_path, Recipe())
+    run.event(cluster_task.SENT)
+    run.append("events.jsonl", [[], {"time": 1}, {"kind": cluster_task.LOST}])
+    assert cluster_task._times_lost(run) == 1
+    state = run.state()
+    assert [cluster_task.take_back(run, state) for _ in range(3)] == [True, True, False]
+    assert run.state().status == "interrupted" and "its worker died 4 times" in run.state().error
+
+
+def test_a_run_that_reserves_what_it_does_not_use_is_refused_wherever_it_comes_from(executor, micro):
+    """A sweep's trials do not come by `submit`."""
+    run = jobs.made(micro(resources={"gpus": 1}), executor.runs_dir)
+    with pytest.raises(cluster.ClusterError, match="uses no GPU"):
+        executor.put(run)
+    assert run.state().status == "failed" and "set resources.gpus=0" in run.state().error and not executor.held()
 
 
 @pytest.mark.slow

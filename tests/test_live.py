@@ -2,7 +2,7 @@
 
 import json
 import logging
-import time
+from types import SimpleNamespace
 
 import pytest
 from apptest import components, live_lines, open_page, said
@@ -141,22 +141,23 @@ def test_files_turn_the_page_of_the_tab_that_draws_them_and_no_more_than_every_f
     run, browser, monkeypatch, tab
 ):
     """Samples record an event each, which no tab draws: it must not turn the page either."""
+    clock = [100.0]
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     app = open_page("monitor", run=run.id, tab=tab)
     (line,) = live_lines(app)
     part = next(data["part"] for name, data in components(app) if name == "prunedm_live_line")
     now = lambda: browser.get("/" + part["path"]).json()["turn"]  # noqa: E731
-    clock = time.monotonic()
     for other, happens in FILES.items():
         if other != tab:
             happens(run)
     run.event("sample", stage="mask", step=10)
-    monkeypatch.setattr(pace.time, "monotonic", lambda: clock + 6)
+    clock[0] = 106.0
     assert now() == line["turn"], "what another tab draws"
     if tab in FILES:
-        monkeypatch.setattr(pace.time, "monotonic", lambda: clock + 3)
+        clock[0] = 103.0
         FILES[tab](run)
         assert now() == line["turn"], "not yet"
-        monkeypatch.setattr(pace.time, "monotonic", lambda: clock + 6)
+        clock[0] = 106.0
         assert now() != line["turn"]
 
 

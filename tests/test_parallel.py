@@ -220,7 +220,7 @@ def test_a_run_in_shards_equals_that_of_one_rank(micro, tmp_path):
     assert figures[1]["parameters"] == figures[0]["parameters"]
     assert figures[1]["validation_loss"] == pytest.approx(figures[0]["validation_loss"], rel=1e-4)
     assert found.log_path.read_text().count("2 ranks share the training state") == 2, "between the rounds and after"
-    assert "share the training state" not in expected.log_path.read_text()
+    assert "ranks share the training state" not in expected.log_path.read_text()
     assert found.sample_path("finetune", 3).exists() and found.sample_path("finetune", 6).exists()
 
 
@@ -240,6 +240,30 @@ def test_ranks_that_share_a_model_need_equal_parts(micro, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"train.accumulate=5: 2 ranks .* set it to 4 or less"):
         next(made.stages())
     assert made.run.variants() == [], "before anything is done"
+
+
+def test_equal_parts_are_of_the_images_that_there_are_and_only_of_what_is_left_to_train(micro, tmp_path, monkeypatch):
+    recipe = micro(train={"shard": True, "accumulate": 8}, data={"batch_size": 64})
+    run = store.create(tmp_path, recipe)
+    made = stages.Pipeline(run, recipe, MetricsWriter(run, run.state()))
+    made.images = types.SimpleNamespace(train=range(12))
+    made._look_at_shares()
+    assert "train.shard: one process works on this run, so that nothing is shared" in run.log_path.read_text()
+    monkeypatch.setattr(parallel._Ranks, "size", 2)
+    with pytest.raises(ValueError, match="as many parts each of a batch of 12; set it to 6 or less"):
+        made._look_at_shares()
+    made.writer.state.stages_done = ["prune", "finetune"]
+    made._look_at_shares()
+
+
+def test_memory_that_a_rank_cannot_get_is_no_lost_rank(monkeypatch):
+    monkeypatch.setattr(parallel._Ranks, "is_lost", False)
+    with pytest.raises(torch.OutOfMemoryError), parallel.talking(alone=True):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert not parallel.is_lost()
+    with pytest.raises(parallel.RankLost, match="Connection reset"), parallel.talking(alone=True):
+        raise RuntimeError("Connection reset by peer")
+    assert parallel.is_lost()
 
 
 # --- what a launcher may ask for --------------------------------------------------------------

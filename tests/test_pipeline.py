@@ -143,6 +143,25 @@ def test_stopping_and_resuming_gives_the_uninterrupted_result(done, tmp_path, mi
     assert_same(done, run)
 
 
+def test_a_worker_that_is_told_to_end_leaves_the_run_to_the_next_one_but_obeys_its_folder(done, tmp_path, micro):
+    """As a machine that goes down tells it, on a cluster; whoever goes on obeys what the folder asks for meanwhile."""
+    run, seen = store.create(tmp_path, micro()), []
+    told = {"on_step": seen.append, "stop": lambda: len(seen) >= 5, "stopped": "interrupted"}
+    with run.lock():
+        assert pipeline.work(run, **told) == run.state().status == "interrupted"
+    run.request_stop()
+    run.request_pause()
+    run.end(run.state(), "interrupted", None)
+    assert run.stop_requested() and run.pause_requested()
+    run.claim(run.state(), "queued")
+    with run.lock():
+        assert pipeline.work(run, **told) == run.state().status == "stopped"
+    assert not run.stop_requested() and not run.pause_requested()
+    run.take()
+    assert pipeline.execute(run) == "done"
+    assert_same(done, run)
+
+
 @pytest.mark.in_turn(4)
 @pytest.mark.parametrize(
     "mask",
@@ -171,7 +190,7 @@ def test_a_crash_between_checkpoints_loses_and_doubles_nothing(tmp_path, micro, 
     assert_same(whole, run)
 
 
-@pytest.mark.in_turn(5)
+@pytest.mark.in_turn(10)
 @pytest.mark.parametrize(
     ("changes", "variants"),
     [
@@ -287,6 +306,7 @@ def test_a_diverging_run_fails_in_plain_words_and_keeps_its_folder(tmp_path, mic
     assert "Traceback" in run.log_path.read_text() and run.variants() == ["dense", "structured"]
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
 def test_without_memory_a_smaller_batch_is_offered(tmp_path, micro, monkeypatch, error):
     def explode(*given):
@@ -408,6 +428,7 @@ def test_a_stage_one_that_cannot_work_is_refused_before_a_run_is_made(tmp_path, 
         inputs.load_inputs(recipe, tmp_path)
 
 
+@pytest.mark.slow
 def test_validation_losses_on_the_way_are_recorded_and_change_nothing(tmp_path, micro):
     plain, watched = (store.create(tmp_path, micro(train={"validations": n})) for n in (0, 3))
     assert pipeline.execute(plain) == pipeline.execute(watched) == "done"

@@ -27,7 +27,7 @@ import architectures  # noqa: E402
 import plan as bench  # noqa: E402
 
 MEMORY_FACTOR = 1.35  # between predicted and measured peaks on a CPU, as docs/PLANNING.md says
-PEAKS = ("mask, gumbel", "mask, reinforce", "evaluate")  # measured on some days, beside fine-tuning's
+PEAKS = ("mask, gumbel", "mask, reinforce", "evaluate")  # besides fine-tuning's
 PLAIN = {"_class_name": "UNet2DModel"}
 H100 = devices.published("h100")
 
@@ -60,6 +60,7 @@ def test_stable_diffusion_is_planned_without_its_weights(capsys, tmp_path):
     assert all(row["seconds"] > 0 and row["communication"] is not None for row in found["stages"])
 
 
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("name", sorted(architectures.CONDITIONED))
 def test_text_conditioned_unets_are_traced_on_fake_tensors(name):
     found = outline.build(architectures.conditioned(name))
@@ -84,6 +85,7 @@ def test_in_bf16_fake_tensors_cost_nearly_what_real_ones_do(tiny_unet):
     assert fake.moved.sum() == pytest.approx(real.moved.sum(), rel=0.1)
 
 
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("batch", [2, 7, 64])
 def test_costs_of_any_batch_lie_on_a_line(batch):
     found = tiny()
@@ -143,7 +145,8 @@ def test_state_of_optimiser_and_masks_is_what_is_held_between_steps(label):
 
 
 # --- against measured memory -----------------------------------------------------------------------
-@pytest.mark.parametrize("label", ["finetune", *(pytest.param(x, marks=pytest.mark.slow) for x in PEAKS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["finetune", *PEAKS])
 def test_predicted_memory_is_near_the_measured_peak(label):
     rates = dict.fromkeys(devices.PRODUCTS, 1e11)
     here = devices.Device("here", "cpu", "cpu", "measured", "test", 1 << 34, 1e10, rates)

@@ -670,15 +670,14 @@ def fits_on_paper(page) -> None:
     """No chart is wider or higher than a sheet, or lies over what follows it."""
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    page.wait_for_timeout(300)
-    for box, height, width in page.evaluate(SIZES):
-        assert height <= box + 1 and height < 950 and width < 700
+    comes_true(page, f"{SIZES}.every(([box, height, width]) => height <= box + 1 && height < 950 && width < 700)")
     page.emulate_media(media="screen")
     page.evaluate("dispatchEvent(new Event('afterprint'))")
 
 
 @pytest.mark.browser
 @pytest.mark.skipif(browser.chromium_path() is None, reason="chromium is not installed and apt-get could not")
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_opens_offline_and_draws_every_chart(tmp_path, width):
     first, second = finished(tmp_path, "one"), finished(tmp_path, "a-long-name-for-a-run-on-a-narrow-screen")

@@ -475,7 +475,8 @@ def test_delete_undo_filter_and_compare_by_mouse_and_keyboard(tmp_path):
         # Sorted the other way round, a tick still means the run that it stands beside.
         box = grid.bounding_box()
         page.mouse.click(box["x"] + 100, box["y"] + 18)
-        page.wait_for_timeout(700)
+        page.wait_for_timeout(700)  # the table sorts by itself, the server does not know
+        browser.settle(page)
         tick_row(page, sorted(order).index(a.id))
         page.get_by_text("2 runs ticked").wait_for()
         page.get_by_test_id("stCaptionContainer").get_by_text(f"{c.id}, {a.id}").wait_for()

@@ -207,6 +207,6 @@ def test_threads_that_follow_one_file_see_whole_records(tmp_path):
     for begin in range(0, 3000, 30):
         run.append("metrics.jsonl", [{"stage": "mask", "step": i, "loss": i} for i in range(begin, begin + 30)])
     for thread in threads:
-        thread.join(30)
+        thread.join(180)
         assert not thread.is_alive()
     assert wrong == []

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -11,32 +10,17 @@ import time
 
 import optuna
 import pytest
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 
 from prunedm import recipe as recipes
 from prunedm import store, strict_yaml, sweep, sweep_sampler, sweep_spec
 from prunedm.__main__ import main
+from prunedm.cluster import Unreachable
 from prunedm.jobs import Jobs, through
 from prunedm.recipe import RecipeError
 from prunedm.records import Step
 from prunedm.sweep_spec import SweepError
 from prunedm.sweep_watch import Watch
 from prunedm.sweep_worker import Worker
-
-
-@pytest.fixture(autouse=True)
-def no_flushes(monkeypatch):
-    """Files are written but not flushed to the disk, which takes most of the time of a trial that does nothing."""
-
-    def unsafe(connection, record):
-        connection.execute("PRAGMA synchronous=OFF")
-
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-    event.listen(Engine, "connect", unsafe)
-    yield
-    event.remove(Engine, "connect", unsafe)
-
 
 RANGES = {
     "prune.target": {"low": 0.1, "high": 0.8},
@@ -80,6 +64,18 @@ class Fake:
         run.write_evaluation({"nm": figures})
         run.end(state, self.status, "no luck" if self.status == "failed" else None)
         return self.status
+
+
+def meets(both):
+    """Waits, at a worker's first step, for the other one's: neither works all trials off before the other begins."""
+    has_met = []
+
+    def at(run, step):
+        if not has_met:
+            has_met.append(True)
+            both.wait(120)
+
+    return at
 
 
 def work(study, runs_dir, execute, **options):
@@ -357,9 +353,9 @@ def test_intermediate_values_are_quarters_and_validation_losses_where_there_are_
 def test_two_workers_run_each_trial_once(tmp_path, is_locked, monkeypatch):
     if not is_locked:  # as with a database that has no file to lock
         monkeypatch.setattr(sweep, "locked", lambda url: contextlib.nullcontext())
-    study, runs, threads = sweep.start(spec(trials=11), tmp_path), [], []
+    study, runs, threads, both = sweep.start(spec(trials=11), tmp_path), [], [], threading.Barrier(2)
     for _ in range(2):
-        fake = Fake()
+        fake = Fake(meets(both))
         threads.append(threading.Thread(target=work, args=(sweep.join(spec(trials=11), tmp_path), tmp_path, fake)))
         runs.append(fake.runs)
     for thread in threads:
@@ -466,6 +462,39 @@ def test_a_run_that_was_stopped_by_hand_fails_its_trial(tmp_path):
     study = swept(tmp_path, fake)
     assert states(study) == ["failed", "complete", "complete", "complete"]
     assert "was stopped by hand" in sweep.trials(study)[0]["cause"]
+
+
+def test_a_trial_whose_workers_die_again_and_again_on_a_cluster_fails_alone(tmp_path):
+    fake, cause = Fake(), "its workers died 4 times (out of memory); mend that and resume"
+
+    def dies(run, on_step, stop):
+        if not fake.runs:
+            fake.runs.append(run.id)
+            run.end(run.state(), "interrupted", cause)
+            return "interrupted"
+        return fake(run, on_step, stop)
+
+    study = swept(tmp_path, dies)
+    rows = sweep.trials(study)
+    assert [row["state"] for row in rows] == ["failed", *["complete"] * 3] and rows[0]["cause"] == cause
+
+
+def test_a_cluster_that_does_not_answer_costs_no_trial(tmp_path):
+    study, fake = sweep.start(spec(), tmp_path), Fake()
+
+    def gone(run, on_step, stop):
+        if fake.runs:
+            run.end(run.state(), "interrupted", "the Ray cluster does not answer; resume once it does")
+            raise Unreachable("the Ray cluster local does not answer (gone)")
+        return fake(run, on_step, stop)
+
+    with pytest.raises(SweepError, match=r"does not answer \(gone\); start the sweep again once it does"):
+        work(study, tmp_path, gone)
+    assert states(study) == ["complete", "interrupted"]
+    left = sweep.trials(study)[1]
+    again = sweep.start(spec(), tmp_path)
+    assert work(again, tmp_path, fake) == "done" and states(again) == ["complete"] * 4
+    assert fake.runs[1] == left["run"] and len(store.all_runs(tmp_path)) == 4
 
 
 def test_a_sweep_in_which_everything_fails_asks_for_help(tmp_path):

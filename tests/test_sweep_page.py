@@ -4,7 +4,6 @@ Trials are executed by a stand-in that writes what a run leaves; the study, its 
 """
 
 import dataclasses
-import os
 import random
 import re
 import shutil
@@ -15,8 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 from streamlit.testing.v1 import AppTest
 
 from app import lab, sweep_charts, sweeps
@@ -91,18 +88,11 @@ def clear():
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """An empty runs folder, no background import, no flushes to the disk."""
-
-    def unsafe(connection, record):
-        connection.execute("PRAGMA synchronous=OFF")
-
+    """An empty runs folder, no background import."""
     monkeypatch.setenv("PRUNEDM_RUNS", str(tmp_path))
     monkeypatch.setattr(Jobs, "warm_up", lambda self, *first: None)
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-    event.listen(Engine, "connect", unsafe)
     clear()
     yield tmp_path
-    event.remove(Engine, "connect", unsafe)
     clear()
 
 
@@ -149,7 +139,7 @@ def new_sweep(app):
     return sound(app.run())
 
 
-def until(app, condition, seconds=60):
+def until(app, condition, seconds=180):
     """Draw the page again until it says so."""
     deadline = time.monotonic() + seconds
     while not condition(app):

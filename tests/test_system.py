@@ -65,18 +65,21 @@ def no_nvml(monkeypatch):
 
 
 def test_the_figures_are_psutils(no_nvml):
-    probe = system.Probe()
-    own, busy = psutil.Process(), time.monotonic() + 1.0
-    own.cpu_percent()
+    """Each figure lies between two looks of psutil's own; a busy machine may change much between them."""
+    probe, own = system.Probe(), psutil.Process()
+    before, memory = own.cpu_times(), psutil.virtual_memory()
+    began, busy = time.time(), time.monotonic() + 1.0
     while time.monotonic() < busy:
         pass
-    found, memory = probe.look(), psutil.virtual_memory()
-    assert found["cpu"] == pytest.approx(own.cpu_percent(), abs=20) and found["cpu"] > 5
+    found, after, again = probe.look(), own.cpu_times(), psutil.virtual_memory()
+    most = 100 * (after.user + after.system - before.user - before.system + 0.1)  # of a second, and it took one or more
+    assert 5 < found["cpu"] <= most
     assert found["memory"] == pytest.approx(own.memory_info().rss, rel=0.05)
     assert 0 < found["machine_cpu"] <= 100 and found["cores"] == psutil.cpu_count()
     assert found["machine_memory_total"] == memory.total
-    assert found["machine_memory"] == pytest.approx(memory.total - memory.available, rel=0.1)
-    assert abs(found["time"] - time.time()) < 1
+    used = [one.total - one.available for one in (memory, again)]
+    assert 0.7 * min(used) <= found["machine_memory"] <= 1.3 * max(used)
+    assert began <= found["time"] <= time.time()
 
 
 def test_a_gpu_that_is_not_there_is_absent_and_not_zero(no_nvml, monkeypatch):
@@ -106,14 +109,20 @@ def test_a_sampler_appends_while_it_runs_and_ends_at_once(run):
     sampler = system.Sampler(run, every=0.05)
     sampler.start()
     until(lambda: len(system.records(run)) >= 4)
-    began = time.monotonic()
     sampler.stop()
-    assert time.monotonic() - began < 1 and not sampler.is_alive()
     found = system.records(run)
     assert found[0] == sample(1.0), "a resumed run appends, also after a line that a crash tore"
     times = [record["time"] for record in found]
     assert times == sorted(times)
     assert not run.log_path.exists()
+
+
+def test_a_sampler_that_rests_ends_at_once(run):
+    sampler = system.Sampler(run, every=3600)
+    sampler.start()
+    sampler.stop()
+    sampler.join(60)
+    assert not sampler.is_alive()
 
 
 def test_thinning_keeps_the_order_and_an_even_spacing(run):
@@ -133,11 +142,15 @@ def test_thinning_keeps_the_order_and_an_even_spacing(run):
 def test_the_file_stays_small_while_it_grows(run):
     sampler = system.Sampler(run, every=0.002, most=20)
     sampler.start()
-    longest, deadline = 0, time.monotonic() + 2
-    while time.monotonic() < deadline:
-        longest = max(longest, len(jsonl.read_jsonl(run.folder / store.SYSTEM)))
+    lengths, began = [0], time.monotonic()
+
+    def has_been_thinned():
+        lengths.append(len(jsonl.read_jsonl(run.folder / store.SYSTEM)))
+        return max(lengths) >= 10 and time.monotonic() > began + 2
+
+    until(has_been_thinned)
     sampler.stop()
-    assert 10 <= longest <= 20
+    assert max(lengths) <= 20
     times = [r["time"] for r in system.records(run)]
     assert times == sorted(times) and times[-1] - times[0] > 0.5, "the first samples are still there"
 
@@ -270,7 +283,7 @@ def write(run, records):
     store.write_atomic(run.folder / store.SYSTEM, content.encode())
 
 
-def until(condition, seconds=30):
+def until(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -278,7 +291,7 @@ def until(condition, seconds=30):
 
 
 def quick(sampler):
-    return lambda run: sampler(run, every=0.1)
+    return lambda run: sampler(run, every=0.02)
 
 
 def raising(error):
