@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import lab, parts
+from app import lab, pace, parts
 from prunedm import cluster
 from prunedm.executors import Choice, Chosen
 
 NAMES = {"local": "This machine", "ray": "A Ray cluster"}
+EVERY_CLUSTER = 5.0  # seconds between two looks at a cluster
 ADDRESS_HELP = (
     "`local`: a cluster of this machine alone, which ends with the lab. `auto`: the one that `ray start` began here. "
     "`host:6379`: one whose head is elsewhere. Its machines need this project, and the runs folder at the same place."
@@ -34,16 +35,14 @@ def choice() -> None:
 
 
 def state(jobs: Chosen) -> None:
-    """What the choice came to; looked at again while a cluster is being connected to, or does not answer."""
+    """What the choice came to; looked at again while a cluster is being connected to, and while it is in use."""
+    waiting = jobs.is_connecting()
+    is_used = jobs.choice.executor == "ray" or bool(jobs.trouble())
+    paced = 1.0 if waiting else pace.every(EVERY_CLUSTER, pace.tab()) if is_used else None
 
-    def waits() -> bool:
-        return jobs.is_connecting() or bool(jobs.trouble())
-
-    waiting = waits()
-
-    @st.fragment(run_every=1.0 if waiting else None)
+    @st.fragment(run_every=paced)
     def show() -> None:
-        if waiting and not waits():
+        if waiting and not jobs.is_connecting():
             st.rerun()
         if jobs.is_connecting():
             st.info(f"Connecting to the Ray cluster {parts.plain(jobs.choice.address)}…")

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from . import store
-from .cluster_task import RETRIES, SENT, RanksDied, take_back, work
+from . import failure, store
+from .cluster_task import RETRIES, SENT, Unended, take_back, times_lost, work
 from .jobs import Line, load_engine, made, require_inputs
 from .recipe import Recipe, Resources
 from .store import Busy, Run, StoreError
@@ -33,6 +33,7 @@ INSTALL = (
 LOCAL = "local"  # the address of a cluster of this machine alone, which lives as long as this process
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_EVERY, BEAT_EVERY = 0.5, 30.0  # seconds between two looks at the tasks, and two signs of life of those that wait
+ASK_EVERY = 10.0  # seconds between two questions to the cluster whether it is there
 STARTING = 120.0  # seconds for a cluster to start
 ANSWER = 10.0  # seconds for it to answer
 RAY_SETTINGS = {
@@ -138,16 +139,17 @@ class RayExecutor(Line):
     # --- tasks ---------------------------------------------------------------------------------
     def put(self, run: Run) -> None:
         """Make a task of a run that is claimed as *queued* by this process."""
-        recipe = run.recipe()
         try:
+            recipe = run.recipe()
             require_reserved(recipe)
             task = self._sent(run, recipe.resources)
         except Unreachable as error:
             run.end(run.state(), "interrupted", f"{error}; resume once it does")
             raise
-        except ClusterError as error:
-            run.end(run.state(), "failed", str(error))
+        except Exception as error:  # whatever it is: it must not stay queued where nobody takes it
+            run.end(run.state(), "failed", failure.plain_words(error))
             raise
+        self._said.discard(run.id)
         with self._lock:
             self._waiting.append(run.id)
             self._tasks[run.id] = task
@@ -165,7 +167,7 @@ class RayExecutor(Line):
             "num_cpus": wanted.cpus,
             "num_gpus": wanted.gpus,
             "max_retries": RETRIES,
-            "retry_exceptions": [Busy, RanksDied],  # besides workers that die
+            "retry_exceptions": [Busy, Unended],  # besides workers that die
             "runtime_env": {"env_vars": _environment(wanted.gpus)},
         }
         with self._asking():
@@ -187,17 +189,19 @@ class RayExecutor(Line):
                     run.end(state, "stopped", None)
             except StoreError:  # a worker has the lock
                 return False
-            self._forget(run.id)
+            self._forget(run.id, task)
         with suppress(Exception):  # of a cluster that is gone; a task that began meanwhile finds its run stopped
             ray.cancel(task)
         return True
 
-    def _forget(self, run_id: str) -> Any:
-        """The task of a run that waits no longer and is worked on no more."""
+    def _forget(self, run_id: str, task: Any) -> None:
+        """A task that waits no longer and is worked on no more; its run may have another one by now."""
         with self._lock:
+            if self._tasks.get(run_id) is not task:
+                return
+            del self._tasks[run_id]
             if run_id in self._waiting:
                 self._waiting.remove(run_id)
-            return self._tasks.pop(run_id, None)
 
     # --- the thread that watches ---------------------------------------------------------------
     def _watch(self) -> None:
@@ -210,15 +214,15 @@ class RayExecutor(Line):
             return
         self._task = ray.remote(work)
         self._ready.set()
-        beaten = time.monotonic()
+        beaten = asked = time.monotonic()
         while not self._closing.is_set():
-            is_due = time.monotonic() - beaten > BEAT_EVERY
-            if is_due:
+            if time.monotonic() - beaten > BEAT_EVERY:
                 beaten = time.monotonic()
                 self._beat()
             try:
                 self._look_at_tasks()
-                if is_due or self.trouble:  # to wait for tasks is no question that a cluster must answer
+                if self.trouble or time.monotonic() - asked > ASK_EVERY:  # tasks are waited for without an answer too
+                    asked = time.monotonic()
                     self.machines()
                     self.trouble = ""
             except ClusterError as error:
@@ -277,7 +281,9 @@ class RayExecutor(Line):
                 if task in ended:
                     self._conclude(run, task)
                 else:
-                    self._look_at(run)
+                    self._look_at(run, task)
+            except ClusterError:
+                raise
             except (OSError, StoreError):
                 pass  # its folder is gone or full: the others are looked at all the same
             except Exception:
@@ -285,12 +291,12 @@ class RayExecutor(Line):
                     self._said.add(run_id)
                     LOG.exception("run %s cannot be looked at", run_id)
             if task in ended:
-                self._forget(run_id)
+                self._forget(run_id, task)
 
-    def _look_at(self, run: Run) -> None:
+    def _look_at(self, run: Run, task: Any) -> None:
         """Where a run is that Ray has not ended: waiting, worked on, or lost with its worker."""
         state = run.state()
-        if state.status == "interrupted" and self._is_lost(run):
+        if state.status == "interrupted" and self._is_lost(run, task):
             return
         with self._lock:
             if state.status in ("running", "paused") and run.id in self._waiting:
@@ -298,7 +304,7 @@ class RayExecutor(Line):
         if run.id in self._waiting and run.stop_requested():
             self._take_out(run)
 
-    def _is_lost(self, run: Run) -> bool:
+    def _is_lost(self, run: Run, task: Any) -> bool:
         """Whether a run's worker died; the run is then among those that wait."""
         import ray
 
@@ -308,7 +314,7 @@ class RayExecutor(Line):
                 if state.status != "interrupted":
                     return False
                 if not take_back(run, state):
-                    task = self._forget(run.id)
+                    self._forget(run.id, task)
                     with self._asking():
                         ray.cancel(task)
                     return True
@@ -332,12 +338,12 @@ class RayExecutor(Line):
             if isinstance(error, Busy):  # Ray's error is of the cause's type too
                 run.log(f"not gone on with: {_last_line(error)}")
                 return  # the worker that has the run says what becomes of it
-            if isinstance(error, RanksDied):
-                status, cause = "interrupted", f"its ranks died {RETRIES + 1} times ({_last_line(error)})"
+            if isinstance(error, Unended):
+                status, cause = "interrupted", _lost_words(run, error)
             else:
                 status, cause = "failed", f"the task failed on the cluster: {_last_line(error)}"
         except ray.exceptions.RayError as error:
-            status, cause = "interrupted", f"its workers died {RETRIES + 1} times ({_last_line(error)})"
+            status, cause = "interrupted", _lost_words(run, error)
         with run.lock():
             state = run.state()
             if state.status not in ("done", "stopped", "failed"):
@@ -379,11 +385,17 @@ def _answer_of(question: Callable[[], Any]) -> Future:
     def ask() -> None:
         try:
             answer.set_result(question())
-        except Exception as error:  # noqa: BLE001  (raised where the answer is read)
+        except BaseException as error:  # noqa: BLE001  (raised where the answer is read)
             answer.set_exception(error)
 
     threading.Thread(target=ask, name="prunedm-ray-question", daemon=True).start()
     return answer
+
+
+def _lost_words(run: Run, error: BaseException) -> str:
+    """Why Ray gave a run up: its workers died too often, or Ray itself is gone."""
+    what = f"its workers died {RETRIES + 1} times" if times_lost(run) >= RETRIES else "the cluster lost its task"
+    return f"{what} ({_last_line(error)})"
 
 
 def _last_line(error: BaseException) -> str:

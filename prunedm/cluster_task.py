@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import owner, parallel
@@ -25,20 +28,41 @@ LAST_SAID = 8000  # characters of what ranks said that go into the run's log
 SENT, LOST = "sent", "worker_lost"  # events of a run
 
 
-class RanksDied(RuntimeError):  # noqa: N818
-    """Ranks that ended without an ending of their run: Ray starts others."""
+class Unended(RuntimeError):  # noqa: N818
+    """Work that came to its end before the run did, with its ranks or its machine: Ray has it gone on with."""
 
 
 def work(folder: str) -> str:
     """The Ray task: run, or go on with, the run in this folder; returns its final status.
 
-    A run that reserves several GPUs is worked on by as many ranks of its machine, which a launcher starts.
+    A run that reserves several GPUs is worked on by as many ranks of its machine, which a launcher starts. Unended
+    where the run is left to the next worker.
     """
     run = Run(Path(folder))
     if not (run.folder / "recipe.yaml").is_file():
         raise StoreError(f"{socket.gethostname()} sees no {folder}; give all machines of the cluster one --runs-dir")
     ranks = ranks_of(run.recipe())
-    return _launched(run, ranks) if ranks > 1 else _work(run)
+    with _told_to_end() as told:
+        if ranks > 1:
+            return _launched(run, ranks, told)
+        status = _work(run, told.is_set)
+        if told.is_set() and status == "interrupted":
+            raise Unended(f"the worker of run {run.id} was told to end, as by a machine that goes down")
+        return status
+
+
+@contextmanager
+def _told_to_end() -> Iterator[threading.Event]:
+    """Whether this process is told to end meanwhile; Ray's own answer to that would make the run a failed one."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # which alone may say so
+        yield told
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _work(run: Run, stop: Stop = lambda: False) -> str:
@@ -68,22 +92,36 @@ def ranks_of(recipe: Recipe) -> int:
     return max(1, math.floor(recipe.resources.gpus))
 
 
-def _launched(run: Run, ranks: int) -> str:
-    """Ranks of this machine at work on a run: the status that they leave. RanksDied where they leave none, and Busy
-    where another worker has the run."""
+def _launched(run: Run, ranks: int, told: threading.Event) -> str:
+    """Ranks of this machine at work on a run: the status that they leave. Unended where they leave none, and Busy where
+    another worker has the run. told: to end, as they are then."""
     with run.lock(PATIENCE):
         pass  # the ranks could not say so
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command = [*launcher, "-m", "prunedm.cluster_task", str(run.folder)]
     threads = max(1, run.recipe().resources.cpus // ranks)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as launcher:
+        try:
+            said = _said_by(launcher, told)
+        finally:
+            launcher.kill()
     state = run.state()
-    if state.status not in ("done", "stopped", "failed") and _times_lost(run) <= RETRIES:
-        said = ended.stdout.decode(errors="replace")[-LAST_SAID:]
+    if state.status not in ("done", "stopped", "failed") and times_lost(run) <= RETRIES:
         run.log(f"its {ranks} ranks left it {state.status}; the last that they said:\n{said}")
-        raise RanksDied(f"the {ranks} ranks of run {run.id} died (exit status {ended.returncode}); see its log")
+        raise Unended(f"the {ranks} ranks of run {run.id} ended (exit status {launcher.returncode}); see its log")
     return state.status
+
+
+def _said_by(launcher: subprocess.Popen[bytes], told: threading.Event) -> str:
+    """The last that a launcher and its ranks said, once they have ended, by themselves or because they are told to."""
+    while True:
+        try:
+            return launcher.communicate(timeout=1.0)[0].decode(errors="replace")[-LAST_SAID:]
+        except subprocess.TimeoutExpired:
+            if told.is_set():
+                launcher.terminate()
+                told.clear()  # once: a second time would not wait for the step at hand
 
 
 def _end_with(parent: int) -> None:
@@ -106,7 +144,7 @@ def _rank(folder: str) -> int:
 
 def take_back(run: Run, state: RunState) -> bool:
     """A run whose worker died waits for another one, if there were not too many before. The run's lock is held."""
-    lost = _times_lost(run) + 1
+    lost = times_lost(run) + 1
     run.event(LOST, host=state.host, pid=state.pid)
     if lost > RETRIES:  # Ray itself would retry for ever a task that uses all memory
         cause = f"its worker died {lost} times, the last one on {state.host}; give it more memory, or smaller batches"
@@ -118,7 +156,7 @@ def take_back(run: Run, state: RunState) -> bool:
     return True
 
 
-def _times_lost(run: Run) -> int:
+def times_lost(run: Run) -> int:
     """How many workers of a run died since it was sent."""
     events = run.events()
     sent = max((i for i, event in enumerate(events) if event["kind"] == SENT), default=0)

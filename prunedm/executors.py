@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from . import cluster
-from .cluster import ClusterError, RayExecutor
+from .cluster import ClusterError, RayExecutor, Unreachable
 from .files import StoreError, read_json, write_json
 from .jobs import Executor, Jobs
 from .recipe import Recipe
@@ -114,7 +114,12 @@ class Chosen:
 
     def put(self, run: Run) -> None:
         """Queue a run that is claimed as *queued* by this process."""
-        self._current().put(run)
+        try:
+            executor = self._current()
+        except ClusterError as error:
+            run.end(run.state(), "interrupted", f"{error}; then resume")
+            raise
+        executor.put(run)
 
     def stop(self, run: Run) -> None:
         """Ask a run to stop after its step (a paused one stops at once), or take it out of the queue."""
@@ -137,5 +142,5 @@ class Chosen:
             self._connecting.join(cluster.STARTING)
         if self._ray is None:
             fault = self.fault or f"the cluster {self.choice.address} does not answer yet"
-            raise ClusterError(f"{fault}; or choose this machine on the System page")
+            raise Unreachable(f"{fault}; or choose this machine on the System page")
         return self._ray

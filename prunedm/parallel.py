@@ -149,8 +149,9 @@ def leave(status: int) -> None:
             with suppress(RankLost):  # what this one had to do is done
                 meet()
                 PartialState().destroy_process_group()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # of whoever read it and is gone
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 

@@ -17,6 +17,7 @@ from .records import Status, Step
 from .stages import Pipeline
 from .store import Run
 
+BY_FOLDER = 2  # how ranks tell one another that a stop is asked for there
 LOOK_EVERY = 0.2  # seconds between two looks at what a paused run is asked to do
 HEARTBEAT = 5.0  # seconds between two signs of life of a run that is paused or in a long step
 
@@ -51,7 +52,7 @@ def work(
 
     with training.memory_kept(), system.sampled(run), artifacts.mirrored(run):
         status = _work(run, on_step, stop, stopped)
-    if status in ("done", "stopped"):
+    if status in ("done", "stopped") or (status == stopped and not parallel.is_lost()):
         with suppress(parallel.RankLost):  # the ending is recorded
             parallel.meet()  # or a launcher, seeing one rank gone, would end rank 0 in its last copies
     return status
@@ -142,8 +143,9 @@ class Session:
             self.writer.flush()
 
     def _is_told_to_stop(self) -> bool:
-        self.is_requested = self.run.stop_requested()
-        return bool(parallel.decide(self.stop() or self.is_requested))
+        told = parallel.decide(BY_FOLDER if self.run.stop_requested() else int(self.stop()))
+        self.is_requested = told == BY_FOLDER
+        return bool(told)
 
     def _is_told_to_pause(self) -> bool:
         return bool(parallel.decide(self.run.pause_requested()))

@@ -38,7 +38,7 @@ EVENTS = "events.jsonl"
 MASK_LAYERS = "mask-layers.jsonl"
 SYSTEM = "system.jsonl"
 HEARTBEAT = ".heartbeat"  # its time is that of the owner's last sign of life, where state.json's is older
-HANDOVER = 20.0  # seconds that an owner which has recorded its ending may still hold the lock
+HANDOVER = 8.0  # seconds that an owner which has recorded its ending may still hold the lock
 STALE_AFTER = 120.0  # seconds without heartbeat before a run on another host counts as interrupted
 
 

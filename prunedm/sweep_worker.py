@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import comparison, store, sweep, sweep_trials
 from .cluster import Unreachable
+from .cluster_task import RETRIES, times_lost
 from .jobs import Execute, Stop, here, load_engine
 from .recipe import Recipe, RecipeError
 from .store import Run
@@ -208,10 +209,9 @@ class Worker:
         status = run.state().status
         if status != "done":
             try:
-                status = self.execute(run, watch.on_step, watch.stop)
-            except Unreachable as error:  # nothing is known of this trial yet
-                self._stopped(trial)
-                raise SweepError(f"{error}; start the sweep again once it does") from error
+                status = self._executed(trial, run, watch)
+            except Unfinished:
+                raise
             except Exception as error:  # noqa: BLE001  (the sweep goes on whatever one run does)
                 self._fail(trial, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         trial.set_user_attr(STATUS, status)
@@ -219,6 +219,17 @@ class Worker:
         if status == "done":
             return self._values(trial, run)
         raise self._conclusion(trial, run, watch, status)
+
+    def _executed(self, trial: Trial, run: Run, watch: Watch) -> str:
+        """A run's status at its end, in which a cluster that does not answer is waited for."""
+        while True:
+            try:
+                return self.execute(run, watch.on_step, watch.stop)
+            except Unreachable as error:
+                self._say_once(f"trial {trial.number} waits: {error}")
+                if self._is_stopped(surely=True):
+                    raise self._stopped(trial) from error
+                time.sleep(self.poll)
 
     def _run_of(self, trial: Trial, recipe: Recipe) -> Run:
         """The run that a worker before this one began, or a new one."""
@@ -288,12 +299,16 @@ class Worker:
             run.log(f"stopped by the sweep {self.spec.name}: {watch.pruned}")
             self._note_end(trial, "pruned", watch.pruned)
             return TrialPruned(watch.pruned)
-        is_by_hand = status == "interrupted" and self.execute is here  # Ctrl-C; elsewhere, workers died again and again
-        if is_by_hand or watch.asked or self._is_stopped(surely=True):
+        by_ctrl_c = status == "interrupted" and self.execute is here
+        if by_ctrl_c or watch.asked or self._is_stopped(surely=True):
             self.ended = True
             return self._stopped(trial)
         if status == "interrupted":
-            self._fail(trial, run.state().error or "the run was interrupted; see its log")
+            cause = run.state().error or "it was interrupted; see its log"
+            if times_lost(run) >= RETRIES:
+                self._fail(trial, cause)
+            self._stopped(trial)
+            raise SweepError(f"run {run.id}: {cause}; start the sweep again then")
         self._fail(trial, f"run {run.id} was {status} by hand; start the sweep again with more trials to make up")
 
     def _stopped(self, trial: Trial) -> Unfinished:

@@ -96,7 +96,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def test_a_killed_worker_is_retried_and_ends_with_the_uninterrupted_result(executor, micro):
-    recipe = micro(mask={"steps": 1000})
+    recipe = micro(mask={"steps": 400})
     whole, hurt = executor.submit(recipe), executor.submit(recipe)
     state = at_work(hurt, "mask", 1)
     assert state.pid != os.getpid() and hurt.state().status == "running"
@@ -277,7 +277,7 @@ def test_a_task_of_several_gpus_is_worked_on_by_as_many_ranks(micro, tmp_path, m
         cluster_task.work(str(refused.folder))
     dies = store.create(tmp_path, micro(name="dies"))
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(cluster_task.RanksDied, match="the 2 ranks of run"):
+    with pytest.raises(cluster_task.Unended, match="the 2 ranks of run"):
         cluster_task.work(str(dies.folder))
     assert "its 2 ranks left it queued" in dies.log_path.read_text()
 
@@ -289,7 +289,7 @@ def test_ranks_of_a_machine_that_goes_down_leave_their_run_to_others(micro, tmp_
     run, raised = store.create(tmp_path, micro(mask={"steps": 3000})), []
 
     def work():
-        with pytest.raises(cluster_task.RanksDied) as caught:
+        with pytest.raises(cluster_task.Unended) as caught:
             cluster_task.work(str(run.folder))
         raised.append(str(caught.value))
 
@@ -328,7 +328,7 @@ def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch,
 
     said = "the Ray cluster local does not answer (ConnectionError: the head node is gone)"
     with monkeypatch.context() as gone:
-        gone.setattr(cluster, "BEAT_EVERY", 0.0)
+        gone.setattr(cluster, "ASK_EVERY", 0.0)
         gone.setattr(executor, "_nodes", broken)
         until(lambda: executor.trouble)
         assert executor.trouble == said
@@ -340,6 +340,34 @@ def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch,
     executor.resume(run)
     assert ended(run) == "done" and until(lambda: not executor.held())
     assert sum("does not answer" in record.message for record in caplog.records) == 1
+
+
+def test_a_run_at_work_is_concluded_once_ray_can_be_asked_for_it_again(executor, monkeypatch, micro):
+    import ray
+
+    run = executor.submit(micro(mask={"steps": 5000}))
+    at_work(run, "mask", 0)
+    wait = ray.wait
+    with monkeypatch.context() as gone:
+        gone.setattr(ray, "wait", lambda *given, **named: wait("no task"))
+        until(lambda: executor.trouble)
+        run.request_stop()
+        assert ended(run) == "stopped" and executor.held() == [run.id]
+    until(lambda: not executor.held() and not executor.trouble)
+    assert run.state().status == "stopped"
+
+
+def test_a_worker_that_is_told_to_end_leaves_its_run_to_another(executor, micro):
+    """As a machine that goes down tells it; Ray's own answer would make the run a failed one."""
+    run = executor.submit(micro(mask={"steps": 5000}))
+    os.kill(at_work(run, "mask", 1).pid, signal.SIGTERM)
+    until(lambda: kinds(run).count("started") == 2)
+    at_work(run, "mask", 1)
+    run.request_stop()
+    assert ended(run) == "stopped" and until(lambda: not executor.held())
+    assert kinds(run).count("interrupted") == kinds(run).count("worker_lost") == 1 and "failed" not in kinds(run)
+    steps = [record["step"] for record in run.metrics() if record["stage"] == "mask"]
+    assert steps == list(range(1, len(steps) + 1)) and "are redone" not in run.log_path.read_text()
 
 
 def test_a_head_that_is_gone_is_asked_once_and_waited_for_so_long_only(executor, monkeypatch):
@@ -367,10 +395,10 @@ def test_a_head_that_is_gone_is_asked_once_and_waited_for_so_long_only(executor,
 def test_what_cannot_be_read_of_one_run_keeps_no_other_one_waiting(executor, monkeypatch, caplog, micro):
     real = executor._look_at
 
-    def broken(run):
+    def broken(run, task):
         if run.id == hurt.id:
             raise KeyError("kind")
-        real(run)
+        real(run, task)
 
     monkeypatch.setattr(executor, "_look_at", broken)
     hurt = executor.submit(micro(mask={"steps": 5000}))
@@ -385,7 +413,7 @@ def test_lines_that_tell_no_event_are_no_lost_workers(tmp_path):
     run = store.create(tmp_path, Recipe())
     run.event(cluster_task.SENT)
     run.append("events.jsonl", [[], {"time": 1}, {"kind": cluster_task.LOST}])
-    assert cluster_task._times_lost(run) == 1
+    assert cluster_task.times_lost(run) == 1
     state = run.state()
     assert [cluster_task.take_back(run, state) for _ in range(3)] == [True, True, False]
     assert run.state().status == "interrupted" and "its worker died 4 times" in run.state().error

@@ -45,17 +45,24 @@ def works_on(pid: int, node) -> bool:
 def test_a_head_that_is_gone_is_said_and_takes_no_runs(two_nodes, micro, tmp_path, monkeypatch):
     made, _ = two_nodes
     monkeypatch.setattr(cluster, "ANSWER", 2.0)
-    monkeypatch.setattr(cluster, "BEAT_EVERY", 0.0)
+    monkeypatch.setattr(cluster, "ASK_EVERY", 0.0)
     executor = RayExecutor(tmp_path)
-    assert len(executor.machines()) == 3 and not executor.trouble
-    made.head_node.kill_gcs_server()
-    until(lambda: executor.trouble)
-    assert "does not answer (TimeoutError: nothing within 2 s)" in executor.trouble
-    with pytest.raises(cluster.Unreachable, match="nothing within 2 s"):
-        executor.submit(micro())
-    (run,) = store.all_runs(tmp_path)
-    assert run.state().status == "interrupted" and run.state().error.endswith("resume once it does")
-    executor.close()
+    try:
+        assert len(executor.machines()) == 3 and not executor.trouble
+        busy = executor.submit(micro(name="busy", mask={"steps": 5000}))
+        at_work(busy, "mask", 1)
+        made.head_node.kill_gcs_server()
+        until(lambda: executor.trouble)
+        assert "does not answer (TimeoutError: nothing within 2 s)" in executor.trouble
+        with pytest.raises(cluster.Unreachable, match="nothing within 2 s"):
+            executor.submit(micro())
+        (run,) = (one for one in store.all_runs(tmp_path) if one.id != busy.id)
+        assert run.state().status == "interrupted" and run.state().error.endswith("resume once it does")
+        assert busy.state().status == "running"
+        busy.request_stop()
+        assert ended(busy) == "stopped"
+    finally:
+        executor.close()
 
 
 @pytest.mark.slow
@@ -63,7 +70,7 @@ def test_a_run_whose_machine_dies_goes_on_on_another_with_the_uninterrupted_resu
     made, nodes = two_nodes
     executor = RayExecutor(tmp_path)
     try:
-        recipe = micro(mask={"steps": 1000})
+        recipe = micro(mask={"steps": 400})
         whole, hurt = executor.submit(recipe), executor.submit(recipe)
         pid = at_work(hurt, "mask", 1).pid
         busy, other = sorted(nodes, key=lambda node: not works_on(pid, node))

@@ -9,7 +9,7 @@ from test_app import open_page, said
 
 from app import executor_views, lab
 from prunedm import executors, store
-from prunedm.cluster import ClusterError
+from prunedm.cluster import ClusterError, Unreachable
 from prunedm.executors import Choice, Chosen
 from prunedm.recipe import Recipe
 
@@ -91,6 +91,10 @@ def test_a_cluster_that_does_not_answer_is_said_when_a_run_is_queued(fake, tmp_p
     with pytest.raises(ClusterError, match=r"cannot be used \(refused\); or choose this machine on the System page"):
         chosen.submit(Recipe())
     assert not store.all_runs(tmp_path)
+    run = store.create(tmp_path, Recipe())  # a sweep's
+    with pytest.raises(Unreachable):
+        chosen.put(run)
+    assert run.state().status == "interrupted" and "or choose this machine" in run.state().error
 
 
 def choose(app, name, address="local"):

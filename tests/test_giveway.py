@@ -12,7 +12,7 @@ from test_pipeline import assert_same
 from prunedm import pipeline, store
 
 CALLS = 2  # of a model between two looks: one, and a second where a step compares two masks or models
-CPU_SECONDS = 10.0
+CPU_SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def test_state_of_optimiser_and_masks_is_what_is_held_between_steps(label):
 
 
 # --- against measured memory -----------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.in_turn(4)
 @pytest.mark.parametrize("label", ["finetune", *PEAKS])
 def test_predicted_memory_is_near_the_measured_peak(label):
     rates = dict.fromkeys(devices.PRODUCTS, 1e11)

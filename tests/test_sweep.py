@@ -470,6 +470,8 @@ def test_a_trial_whose_workers_die_again_and_again_on_a_cluster_fails_alone(tmp_
     def dies(run, on_step, stop):
         if not fake.runs:
             fake.runs.append(run.id)
+            for _ in range(3):
+                run.event("worker_lost")
             run.end(run.state(), "interrupted", cause)
             return "interrupted"
         return fake(run, on_step, stop)
@@ -479,22 +481,43 @@ def test_a_trial_whose_workers_die_again_and_again_on_a_cluster_fails_alone(tmp_
     assert [row["state"] for row in rows] == ["failed", *["complete"] * 3] and rows[0]["cause"] == cause
 
 
-def test_a_cluster_that_does_not_answer_costs_no_trial(tmp_path):
+def test_a_cluster_that_loses_a_trials_task_ends_the_sweep_and_costs_no_trial(tmp_path):
     study, fake = sweep.start(spec(), tmp_path), Fake()
 
     def gone(run, on_step, stop):
         if fake.runs:
-            run.end(run.state(), "interrupted", "the Ray cluster does not answer; resume once it does")
-            raise Unreachable("the Ray cluster local does not answer (gone)")
+            run.end(run.state(), "interrupted", "the cluster lost its task (its head died); mend that and resume")
+            return "interrupted"
         return fake(run, on_step, stop)
 
-    with pytest.raises(SweepError, match=r"does not answer \(gone\); start the sweep again once it does"):
+    with pytest.raises(SweepError, match=r"the cluster lost its task .* start the sweep again then"):
         work(study, tmp_path, gone)
     assert states(study) == ["complete", "interrupted"]
     left = sweep.trials(study)[1]
     again = sweep.start(spec(), tmp_path)
     assert work(again, tmp_path, fake) == "done" and states(again) == ["complete"] * 4
     assert fake.runs[1] == left["run"] and len(store.all_runs(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_cluster_that_does_not_answer_is_waited_for(tmp_path, is_stopped):
+    study, fake, asked, told = sweep.start(spec(), tmp_path), Fake(), [], []
+
+    def away(run, on_step, stop):
+        if run.state().status == "interrupted":
+            run.take()  # as an executor does
+        asked.append(run.id)
+        if len(asked) in (2, 3):
+            run.end(run.state(), "interrupted", "the Ray cluster does not answer; resume once it does")
+            raise Unreachable("the Ray cluster local does not answer (gone)")
+        return fake(run, on_step, stop)
+
+    status = work(study, tmp_path, away, stop=lambda: is_stopped and len(asked) == 3, tell=told.append)
+    assert len([line for line in told if "trial 1 waits: the Ray cluster local does not answer (gone)" in line]) == 1
+    if is_stopped:
+        assert status == "stopped" and states(study) == ["complete", "interrupted"]
+        assert work(sweep.start(spec(), tmp_path), tmp_path, fake) == "done"
+    assert states(study) == ["complete"] * 4 and len(store.all_runs(tmp_path)) == 4
 
 
 def test_a_sweep_in_which_everything_fails_asks_for_help(tmp_path):

@@ -125,13 +125,13 @@ def begin(spec_file, runs_dir, *options):
 
 
 @pytest.mark.slow
-def test_four_trials_by_two_processes_of_which_one_is_killed(storage, name, micro, tmp_path):
+def test_six_trials_by_two_processes_of_which_one_is_killed(storage, name, micro, tmp_path):
     recipe = micro(prune={"finetune_steps": 20}, mask={"steps": 0, "method": "none"}, eval={"noise_floor": False})
     one = {
         "name": name,
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
         "ranges": {"train.lr": {"low": 1e-4, "high": 1e-3}},
-        "trials": 4,
+        "trials": 6,
         "objectives": {"cost": "none"},
         "sampler": "random",
     }
@@ -139,21 +139,20 @@ def test_four_trials_by_two_processes_of_which_one_is_killed(storage, name, micr
     path.write_text(strict_yaml.dump(one))
     url = [] if storage is None else ["--storage", storage]
     sweep.start(sweep_spec.read(path), tmp_path, storage)
-    second = begin(path, tmp_path, *url, "--worker")
+    first, second = begin(path, tmp_path, *url), begin(path, tmp_path, *url, "--worker")
     deadline = time.monotonic() + 240
-    while not [run for run in store.all_runs(tmp_path) if run.metrics() and run.state().pid == second.pid]:
+    while not {first.pid, second.pid} <= {run.state().pid for run in store.all_runs(tmp_path) if run.metrics()}:
         assert time.monotonic() < deadline and second.poll() is None, second.stdout.read()
         time.sleep(0.05)
-    first = begin(path, tmp_path, *url)
     os.kill(second.pid, signal.SIGKILL)
     said = first.communicate(timeout=240)[0]
     second.communicate()
     assert first.returncode == 0, said
     study = sweep.load(name, tmp_path, storage)
     rows = sweep.trials(study)
-    assert [row["state"] for row in rows] == ["complete"] * 4, said
+    assert [row["state"] for row in rows] == ["complete"] * 6, said
     runs = store.all_runs(tmp_path)
-    assert {row["run"] for row in rows} == {run.id for run in runs} and len(runs) == 4
+    assert {row["run"] for row in rows} == {run.id for run in runs} and len(runs) == 6
     for run in runs:
         steps = [(record["stage"], record["step"]) for record in run.metrics()]
         assert len(steps) == len(set(steps)), "no step is recorded twice"
