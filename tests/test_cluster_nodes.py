@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
-from test_cluster import at_work, ended, kinds, until, weights
+from test_cluster import at_work, ended, kinds, weights
 
-from prunedm import cluster, store
+from prunedm import cluster
 from prunedm.cluster import RayExecutor
 
 
-@pytest.fixture
-def two_nodes(monkeypatch):
+@contextmanager
+def cluster_of_two_nodes() -> Iterator[tuple[Any, list[Any]]]:
     """The cluster, and its two nodes that may be killed: the driver is connected to the head."""
-    ray = pytest.importorskip("ray", reason=cluster.INSTALL)
+    import ray
     from ray._private import services
     from ray.cluster_utils import Cluster
-
-    monkeypatch.setattr(services, "resolve_ip_for_localhost", lambda host: host)  # or it looks where nobody listens
 
     for name, value in cluster.RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     place = {"node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 100 * 2**20}
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **place}, shutdown_at_exit=False)
-    try:
-        nodes = [made.add_node(num_cpus=1, **place) for _ in range(2)]
-        ray.init(address=made.address, log_to_driver=False, logging_level="error", _node_ip_address="127.0.0.1")
-        yield made, nodes
-    finally:
-        ray.shutdown()
-        made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services, "resolve_ip_for_localhost", lambda host: host)  # or it looks where nobody listens
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **place}, shutdown_at_exit=False)
+        try:
+            nodes = [made.add_node(num_cpus=1, **place) for _ in range(2)]
+            ray.init(address=made.address, log_to_driver=False, logging_level="error", _node_ip_address="127.0.0.1")
+            yield made, nodes
+        finally:
+            ray.shutdown()
+            made.shutdown()
+
+
+@pytest.fixture
+def two_nodes():
+    pytest.importorskip("ray", reason=cluster.INSTALL)
+    with cluster_of_two_nodes() as found:
+        yield found
 
 
 def works_on(pid: int, node) -> bool:
@@ -42,27 +56,22 @@ def works_on(pid: int, node) -> bool:
 
 
 @pytest.mark.slow
-def test_a_head_that_is_gone_is_said_and_takes_no_runs(two_nodes, micro, tmp_path, monkeypatch):
-    made, _ = two_nodes
-    monkeypatch.setattr(cluster, "ANSWER", 2.0)
-    monkeypatch.setattr(cluster, "ASK_EVERY", 0.0)
-    executor = RayExecutor(tmp_path)
-    try:
-        assert len(executor.machines()) == 3 and not executor.trouble
-        busy = executor.submit(micro(name="busy", mask={"steps": 5000}))
-        at_work(busy, "mask", 1)
-        made.head_node.kill_gcs_server()
-        until(lambda: executor.trouble)
-        assert "does not answer (TimeoutError: nothing within 2 s)" in executor.trouble
-        with pytest.raises(cluster.Unreachable, match="nothing within 2 s"):
-            executor.submit(micro())
-        (run,) = (one for one in store.all_runs(tmp_path) if one.id != busy.id)
-        assert run.state().status == "interrupted" and run.state().error.endswith("resume once it does")
-        assert busy.state().status == "running"
-        busy.request_stop()
-        assert ended(busy) == "stopped"
-    finally:
-        executor.close()
+def test_a_head_that_is_gone_is_said_and_takes_no_runs_while_others_go_on(micro, tmp_path):
+    """In a process of its own, which Ray may end."""
+    pytest.importorskip("ray", reason=cluster.INSTALL)
+    runs_dir, recipes = tmp_path / "runs", []
+    for recipe in (micro(name="busy", mask={"steps": 5000}), micro(name="other")):
+        recipes.append(tmp_path / f"{recipe.name}.yaml")
+        recipes[-1].write_text(recipe.to_yaml())
+    command = [sys.executable, Path(__file__).with_name("headless.py"), runs_dir, *recipes]
+    environment = os.environ | {"PYTHONPATH": str(cluster.ROOT)}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert process.stdout, process.stderr
+    found = json.loads(process.stdout.splitlines()[-1])
+    words = "does not answer (TimeoutError: nothing within 2 s)"
+    assert found["machines"] == 3 and found["before"] == "" and words in found["trouble"] and words in found["refused"]
+    assert found["other"] == ["interrupted", f"{found['refused']}; resume once it does"]
+    assert (found["busy"], found["ended"]) == ("running", "stopped")
 
 
 @pytest.mark.slow
