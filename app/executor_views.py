@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from app import lab, pace, parts
-from prunedm import cluster
+from prunedm import cluster_link
 from prunedm.executors import Choice, Chosen
 
 NAMES = {"local": "This machine", "ray": "A Ray cluster"}
@@ -29,7 +29,7 @@ def choice() -> None:
             address = st.text_input("Address of the Ray cluster", jobs.choice.address, help=ADDRESS_HELP)
         if st.form_submit_button("Use it"):
             with parts.said():
-                jobs.choose(Choice(name, address.strip() or cluster.LOCAL))
+                jobs.choose(Choice(name, address.strip() or cluster_link.LOCAL))
                 st.rerun()
     state(jobs)
 

@@ -7,75 +7,43 @@ started again by Ray and goes on from the run's last checkpoint. Ray itself is i
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from . import failure, store
+from .cluster_link import LOCAL, STARTING, ClusterError, Link, Unreachable, require_ray
 from .cluster_task import RETRIES, SENT, Unended, take_back, times_lost, work
 from .jobs import Line, load_engine, made, require_inputs
 from .recipe import Recipe, Resources
 from .store import Busy, Run, StoreError
-from .untrusted import one_line
 
 LOG = logging.getLogger("prunedm.cluster")
-INSTALL = (
-    "the executor ray needs packages that are not here; install them: make cluster, or "
-    "pip install -r requirements-cluster.txt -c constraints.txt"
-)
-LOCAL = "local"  # the address of a cluster of this machine alone, which lives as long as this process
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_EVERY, BEAT_EVERY = 0.5, 30.0  # seconds between two looks at the tasks, and two signs of life of those that wait
 ASK_EVERY = 10.0  # seconds between two questions to the cluster whether it is there
-STARTING = 120.0  # seconds for a cluster to start
-ANSWER = 10.0  # seconds for it to answer
-RAY_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",  # else it ends this process a minute after the cluster is gone
-}
-
-
-class ClusterError(ValueError):
-    """A cluster that cannot be used, in one line."""
-
-
-class Unreachable(ClusterError):  # noqa: N818
-    """A cluster that does not answer now: what it was asked for can be asked again."""
-
-
-def require_ray() -> None:
-    """:class:`ClusterError` where Ray is not installed."""
-    if importlib.util.find_spec("ray") is None:
-        raise ClusterError(INSTALL)
 
 
 class RayExecutor(Line):
     """Runs of this process that are tasks on a Ray cluster: an Executor as jobs.py defines it.
 
-    address: as ``ray.init`` takes it (``auto``, ``host:6379``, ``ray://host:10001``), or LOCAL. A cluster that this
-    process is connected to already is used as it is. The tasks are this process's: when it ends, so do they, and
-    their runs can be resumed. :class:`ClusterError` when Ray is not installed or the cluster does not answer.
+    address: as of Link. The tasks are this process's: when it ends, so do they, and their runs can be resumed.
+    :class:`ClusterError` when Ray is not installed or the cluster does not answer.
     """
 
     def __init__(self, runs_dir: Path, address: str = LOCAL) -> None:
         require_ray()
         store.check_writable(runs_dir)
-        self.runs_dir, self.address = runs_dir.absolute(), address
+        self.runs_dir, self.address, self.link = runs_dir.absolute(), address, Link(address)
         self._tasks: dict[str, Any] = {}  # run id to the reference of its task
         super().__init__()
         self._closing, self._ready = threading.Event(), threading.Event()
-        self._asked: Future | None = None  # the last question for the cluster's machines
         self._said: set[str] = set()  # runs of which it is logged that they cannot be looked at
         self._fault, self.trouble = "", ""  # trouble: what the thread that watches met last, empty while all is well
-        for name, value in RAY_SETTINGS.items():
-            os.environ.setdefault(name, value)  # read when ray is imported
         self._thread = threading.Thread(target=self._watch, name="prunedm-ray", daemon=True)
         self._thread.start()
         if not self._ready.wait(STARTING):
@@ -114,22 +82,7 @@ class RayExecutor(Line):
 
     def machines(self) -> list[dict[str, float]]:
         """CPUs and GPUs of each machine of the cluster, used or not. Unreachable where it does not answer."""
-        with self._asking():
-            found = [node["Resources"] for node in self._nodes() if node["Alive"]]
-        return [{"cpus": one.get("CPU", 0.0), "gpus": one.get("GPU", 0.0)} for one in found]
-
-    def _nodes(self) -> list[dict[str, Any]]:
-        """As ``ray.nodes`` tells them, which waits for ever for a head that is gone: then TimeoutError, and whoever
-        asks next waits for the same answer."""
-        import ray
-
-        with self._lock:
-            if self._asked is None or self._asked.done():
-                self._asked = _answer_of(ray.nodes)
-            asked = self._asked
-        if not wait([asked], ANSWER).done:
-            raise TimeoutError(f"nothing within {ANSWER:g} s")
-        return asked.result()
+        return self.link.machines()
 
     def close(self) -> None:
         """Let go of the cluster. Runs that are worked on are interrupted where it was LOCAL."""
@@ -170,7 +123,7 @@ class RayExecutor(Line):
             "retry_exceptions": [Busy, Unended],  # besides workers that die
             "runtime_env": {"env_vars": _environment(wanted.gpus)},
         }
-        with self._asking():
+        with self.link.asking():
             return self._task.options(**options).remote(str(run.folder.absolute()))
 
     def _take_out(self, run: Run) -> bool:
@@ -207,11 +160,12 @@ class RayExecutor(Line):
     def _watch(self) -> None:
         """Connects, and then looks at all tasks until closed. Ray's processes live no longer than the thread that
         started them, so that no page's thread may."""
+        self._fault = self.link.connect()
+        if self._fault:
+            self._ready.set()
+            return
         import ray
 
-        is_ours = not ray.is_initialized()
-        if is_ours and not self._connect():
-            return
         self._task = ray.remote(work)
         self._ready.set()
         beaten = asked = time.monotonic()
@@ -227,8 +181,7 @@ class RayExecutor(Line):
                     self.trouble = ""
             except ClusterError as error:
                 self._note_trouble(str(error))
-        if is_ours:
-            ray.shutdown()
+        self.link.close()
 
     def _note_trouble(self, words: str) -> None:
         """The thread lives on, as runs wait for what it does next: said once, and tried again."""
@@ -237,17 +190,6 @@ class RayExecutor(Line):
         self.trouble = words
         self._closing.wait(LOOK_EVERY)
 
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        """Unreachable for whatever Ray raises of a cluster that does not answer."""
-        try:
-            yield
-        except ClusterError:
-            raise
-        except Exception as error:  # noqa: BLE001  (Ray's errors have no common base)
-            words = f"the Ray cluster {self.address} does not answer ({type(error).__name__}: {one_line(error)})"
-            raise Unreachable(words) from error
-
     def _ended(self, tasks: list[Any]) -> set[Any]:
         """Those that have ended, after a moment in which one may."""
         import ray
@@ -255,21 +197,9 @@ class RayExecutor(Line):
         if not tasks:
             self._closing.wait(LOOK_EVERY)
             return set()
-        with self._asking():
+        with self.link.asking():
             ray.wait(tasks, num_returns=1, timeout=LOOK_EVERY)
             return set(ray.wait(tasks, num_returns=len(tasks), timeout=0)[0])
-
-    def _connect(self) -> bool:
-        import ray
-
-        own: dict[str, Any] = {"include_dashboard": False} if self.address == LOCAL else {}
-        try:
-            ray.init(address=self.address, log_to_driver=False, logging_level="error", **own)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # a refusal is an OSError
-            self._fault = " ".join(str(error).split())[:200] or type(error).__name__
-            self._ready.set()
-            return False
-        return True
 
     def _look_at_tasks(self) -> None:
         with self._lock:
@@ -315,7 +245,7 @@ class RayExecutor(Line):
                     return False
                 if not take_back(run, state):
                     self._forget(run.id, task)
-                    with self._asking():
+                    with self.link.asking():
                         ray.cancel(task)
                     return True
         except StoreError:  # another worker has it by now
@@ -376,20 +306,6 @@ def _environment(gpus: float) -> dict[str, str]:
     """What a worker's process is to see: this code, and no GPU that it did not reserve."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return {"PYTHONPATH": path} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
-
-
-def _answer_of(question: Callable[[], Any]) -> Future:
-    """What a question will have been answered by, asked on a thread that may never end."""
-    answer: Future = Future()
-
-    def ask() -> None:
-        try:
-            answer.set_result(question())
-        except BaseException as error:  # noqa: BLE001  (raised where the answer is read)
-            answer.set_exception(error)
-
-    threading.Thread(target=ask, name="prunedm-ray-question", daemon=True).start()
-    return answer
 
 
 def _lost_words(run: Run, error: BaseException) -> str:

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from . import cluster
-from .cluster import ClusterError, RayExecutor, Unreachable
+from . import cluster_link
+from .cluster import RayExecutor
+from .cluster_link import ClusterError, Unreachable
 from .files import StoreError, read_json, write_json
 from .jobs import Executor, Jobs
 from .recipe import Recipe
@@ -28,7 +29,7 @@ class Choice:
     """An executor, and for ray the address of its cluster as :class:`cluster.RayExecutor` takes it."""
 
     executor: Name = "local"
-    address: str = cluster.LOCAL
+    address: str = cluster_link.LOCAL
 
     @classmethod
     def read(cls, runs_dir: Path, environment: Mapping[str, str]) -> Choice:
@@ -61,7 +62,7 @@ class Chosen:
     def choose(self, choice: Choice) -> None:
         """Use this executor from now on. ClusterError in one line where it cannot be."""
         if choice.executor == "ray":
-            cluster.require_ray()
+            cluster_link.require_ray()
         with self._lock:
             if self._connecting is not None and self._connecting.is_alive():
                 raise ClusterError(f"the cluster {self.choice.address} is being connected to; wait for that to end")
@@ -139,7 +140,7 @@ class Chosen:
         if self.choice.executor == "local":
             return self.local
         if self._connecting is not None:
-            self._connecting.join(cluster.STARTING)
+            self._connecting.join(cluster_link.STARTING)
         if self._ray is None:
             fault = self.fault or f"the cluster {self.choice.address} does not answer yet"
             raise Unreachable(f"{fault}; or choose this machine on the System page")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import comparison, store, sweep, sweep_trials
-from .cluster import Unreachable
+from .cluster_link import Unreachable
 from .cluster_task import RETRIES, times_lost
 from .jobs import Execute, Stop, here, load_engine
 from .recipe import Recipe, RecipeError

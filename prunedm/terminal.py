@@ -47,10 +47,10 @@ class Place:
         """Find the cluster, before a run is made that it is to work on."""
         if self.is_here:
             return
-        from . import cluster
+        from . import cluster, cluster_link
 
         cluster.require_reserved(recipe)
-        self.cluster = cluster.RayExecutor(self.runs_dir, self.address or cluster.LOCAL)
+        self.cluster = cluster.RayExecutor(self.runs_dir, self.address or cluster_link.LOCAL)
 
     def execute(self, run: Run, on_step: OnStep, stop: Stop) -> str:
         """An Execute, as jobs.py defines it."""

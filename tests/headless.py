@@ -13,11 +13,11 @@ from pathlib import Path
 from test_cluster import at_work, ended, until
 from test_cluster_nodes import cluster_of_two_nodes
 
-from prunedm import cluster, recipe, store
+from prunedm import cluster, cluster_link, recipe, store
 
 
 def main(runs_dir: Path, *recipes: Path) -> None:
-    cluster.ANSWER, cluster.ASK_EVERY = 2.0, 0.0
+    cluster_link.ANSWER, cluster.ASK_EVERY = 2.0, 0.0
     first, second = (recipe.build(recipe.read(path)) for path in recipes)
     with cluster_of_two_nodes() as (made, _):
         executor = cluster.RayExecutor(runs_dir)
@@ -28,7 +28,7 @@ def main(runs_dir: Path, *recipes: Path) -> None:
         until(lambda: executor.trouble)
         try:
             executor.submit(second)
-        except cluster.Unreachable as error:
+        except cluster_link.Unreachable as error:
             refused = str(error)
         (other,) = (run for run in store.all_runs(runs_dir) if run.id != busy.id)
         found = {"machines": machines, "before": before, "trouble": executor.trouble, "refused": refused}

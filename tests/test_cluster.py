@@ -20,10 +20,11 @@ from apptest import click, open_page, shown
 from safetensors.torch import load_file
 
 from app import lab
-from prunedm import cluster, cluster_task, jobs, store
+from prunedm import cluster, cluster_link, cluster_task, jobs, store
 from prunedm import recipe as recipes
 from prunedm.__main__ import main
-from prunedm.cluster import ClusterError, RayExecutor
+from prunedm.cluster import RayExecutor
+from prunedm.cluster_link import ClusterError
 from prunedm.executors import Choice
 from prunedm.recipe import Recipe
 from prunedm.records import ACTIVE, RunState
@@ -63,8 +64,8 @@ def kinds(run: Run) -> list[str]:
 @pytest.fixture(scope="module")
 def two_cpus():
     """A Ray cluster of this machine, which all executors of this process use."""
-    ray = pytest.importorskip("ray", reason=cluster.INSTALL)
-    for name, value in cluster.RAY_SETTINGS.items():
+    ray = pytest.importorskip("ray", reason=cluster_link.INSTALL)
+    for name, value in cluster_link.RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     ray.init(
         "local",  # and not one that is up on the machine
@@ -329,10 +330,10 @@ def test_the_thread_that_watches_outlives_what_ray_raises(executor, monkeypatch,
     said = "the Ray cluster local does not answer (ConnectionError: the head node is gone)"
     with monkeypatch.context() as gone:
         gone.setattr(cluster, "ASK_EVERY", 0.0)
-        gone.setattr(executor, "_nodes", broken)
+        gone.setattr(executor.link, "_nodes", broken)
         until(lambda: executor.trouble)
         assert executor.trouble == said
-        with pytest.raises(cluster.Unreachable, match="the head node is gone"):
+        with pytest.raises(cluster_link.Unreachable, match="the head node is gone"):
             executor.submit(micro())
         (run,) = store.all_runs(executor.runs_dir)
         assert (run.state().status, run.state().error) == ("interrupted", f"{said}; resume once it does")
@@ -381,14 +382,14 @@ def test_a_head_that_is_gone_is_asked_once_and_waited_for_so_long_only(executor,
         assert back.wait(60)
         return []
 
-    monkeypatch.setattr(cluster, "ANSWER", 0.2)
+    monkeypatch.setattr(cluster_link, "ANSWER", 0.2)
     monkeypatch.setattr(ray, "nodes", nodes)
     for _ in range(2):
-        with pytest.raises(cluster.Unreachable, match=r"does not answer \(TimeoutError: nothing within 0.2 s\)"):
+        with pytest.raises(cluster_link.Unreachable, match=r"does not answer \(TimeoutError: nothing within 0.2 s\)"):
             executor.machines()
     assert len(asked) == 1
     back.set()
-    until(lambda: executor._asked.done())
+    until(lambda: executor.link._asked.done())
     assert executor.machines() == [] and len(asked) == 2
 
 
@@ -422,7 +423,7 @@ def test_lines_that_tell_no_event_are_no_lost_workers(tmp_path):
 def test_a_run_that_reserves_what_it_does_not_use_is_refused_wherever_it_comes_from(executor, micro):
     """A sweep's trials do not come by `submit`."""
     run = jobs.made(micro(resources={"gpus": 1}), executor.runs_dir)
-    with pytest.raises(cluster.ClusterError, match="uses no GPU"):
+    with pytest.raises(cluster_link.ClusterError, match="uses no GPU"):
         executor.put(run)
     assert run.state().status == "failed" and "set resources.gpus=0" in run.state().error and not executor.held()
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_cluster import at_work, ended, kinds, weights
 
-from prunedm import cluster
+from prunedm import cluster, cluster_link
 from prunedm.cluster import RayExecutor
 
 
@@ -27,7 +27,7 @@ def cluster_of_two_nodes() -> Iterator[tuple[Any, list[Any]]]:
     from ray._private import services
     from ray.cluster_utils import Cluster
 
-    for name, value in cluster.RAY_SETTINGS.items():
+    for name, value in cluster_link.RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     place = {"node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 100 * 2**20}
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def cluster_of_two_nodes() -> Iterator[tuple[Any, list[Any]]]:
 
 @pytest.fixture
 def two_nodes():
-    pytest.importorskip("ray", reason=cluster.INSTALL)
+    pytest.importorskip("ray", reason=cluster_link.INSTALL)
     with cluster_of_two_nodes() as found:
         yield found
 
@@ -58,7 +58,7 @@ def works_on(pid: int, node) -> bool:
 @pytest.mark.slow
 def test_a_head_that_is_gone_is_said_and_takes_no_runs_while_others_go_on(micro, tmp_path):
     """In a process of its own, which Ray may end."""
-    pytest.importorskip("ray", reason=cluster.INSTALL)
+    pytest.importorskip("ray", reason=cluster_link.INSTALL)
     runs_dir, recipes = tmp_path / "runs", []
     for recipe in (micro(name="busy", mask={"steps": 5000}), micro(name="other")):
         recipes.append(tmp_path / f"{recipe.name}.yaml")

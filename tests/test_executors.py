@@ -9,7 +9,7 @@ from test_app import open_page, said
 
 from app import executor_views, lab
 from prunedm import executors, store
-from prunedm.cluster import ClusterError, Unreachable
+from prunedm.cluster_link import ClusterError, Unreachable
 from prunedm.executors import Choice, Chosen
 from prunedm.recipe import Recipe
 
@@ -52,7 +52,7 @@ class Fake:
 def fake(monkeypatch):
     one = type("One", (Fake,), {"made": []})
     monkeypatch.setattr(executors, "RayExecutor", one)
-    monkeypatch.setattr(executors.cluster, "require_ray", lambda: None)
+    monkeypatch.setattr(executors.cluster_link, "require_ray", lambda: None)
     monkeypatch.delenv("PRUNEDM_EXECUTOR", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     return one

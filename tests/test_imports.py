@@ -24,7 +24,7 @@ ORDER = [  # a module may import those above it only
     "figures", "report", "report_html", "report_sections", "report_costs", "report_runs", "report_again", "report_page",
     "model_card", "inputs", "forecast", "imports", "import_zip", "import_hub", "mask_stage", "outline", "upkeep",
     "plan_model", "calibration", "plan", "stage_training", "stages", "pipeline", "pretrain", "jobs",
-    "cluster_task", "cluster", "executors",
+    "cluster_link", "cluster_task", "cluster", "executors",
     "onnx_int8", "onnx_export", "export", "seed_sheets", "judge_entries", "judging",
     "sweep_ranges", "sweep_spec", "sweep_trials", "sweep_sampler", "sweep", "sweep_watch", "sweep_worker",
     "terminal", "mask_commands", "pretrain_command", "export_commands", "judge_commands", "control_commands",

@@ -21,12 +21,18 @@ from prunedm.__main__ import main
 from prunedm.recipe import Recipe
 
 LAUNCHES, AT_ONCE = 10, 2
-STEPS = 400  # of a run whose rank is killed before it is done
+STEPS = 60  # of a run whose rank is killed before it is done
 pytestmark = pytest.mark.timeout(900)  # a launch may take as long as PATIENCE
 SAVES_OFTEN = """
+import time
 from prunedm import parallel, stage_training
 from prunedm.__main__ import main
 stage_training.CHECKPOINT_SECONDS = stage_training.CHECKPOINT_SHARE = 0.0  # after each step
+save = stage_training.StageTraining.save_checkpoint
+def slowly(self):  # not done before it is killed; more steps would take roundings of other ranks further apart
+    save(self)
+    time.sleep(0.2)
+stage_training.StageTraining.save_checkpoint = slowly
 if __name__ == "__main__":
     parallel.leave(main())
 """

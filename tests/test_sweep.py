@@ -14,7 +14,7 @@ import pytest
 from prunedm import recipe as recipes
 from prunedm import store, strict_yaml, sweep, sweep_sampler, sweep_spec
 from prunedm.__main__ import main
-from prunedm.cluster import Unreachable
+from prunedm.cluster_link import Unreachable
 from prunedm.jobs import Jobs, through
 from prunedm.recipe import RecipeError
 from prunedm.records import Step
