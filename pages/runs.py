@@ -5,7 +5,7 @@ import streamlit as st
 from app import lab, parts, run_actions, run_details, run_list, run_table
 
 st.title("Runs")
-with parts.said():
+with parts.said(), st.container():  # holds its place: what comes and goes in it must not have all below drawn anew
     run_actions.undo()
 rows = run_table.rows()
 if not rows:

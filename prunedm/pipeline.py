@@ -143,7 +143,7 @@ class Session:
             self.writer.flush()
 
     def _is_told_to_stop(self) -> bool:
-        told = parallel.decide(BY_FOLDER if self.run.stop_requested() else int(self.stop()))
+        told = parallel.decide(BY_FOLDER if self.run.stop_requested() else int(bool(self.stop())))
         self.is_requested = told == BY_FOLDER
         return bool(told)
 

@@ -463,6 +463,7 @@ def test_delete_undo_filter_and_compare_by_mouse_and_keyboard(tmp_path):
         page.get_by_text("3 of 3 runs").wait_for()
         assert b.folder.exists()
 
+        browser.settle(page)
         page.get_by_label("Search", exact=True).fill("gam")
         page.get_by_label("Search", exact=True).press("Enter")
         page.get_by_text("1 of 3 runs").wait_for()
