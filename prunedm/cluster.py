@@ -17,7 +17,7 @@ from typing import Any
 
 from . import failure, store
 from .cluster_link import LOCAL, STARTING, ClusterError, Link, Unreachable, require_ray
-from .cluster_task import RETRIES, SENT, Unended, take_back, times_lost, work
+from .cluster_task import RETRIES, SENT, Unended, died_too_often, take_back, work
 from .jobs import Line, load_engine, made, require_inputs
 from .recipe import Recipe, Resources
 from .store import Busy, Run, StoreError
@@ -216,8 +216,8 @@ class RayExecutor(Line):
                 raise
             except (OSError, StoreError):
                 pass  # its folder is gone or full: the others are looked at all the same
-            except Exception:
-                if run_id not in self._said:  # the thread must live: other runs wait for what it does next
+            except Exception:  # of whatever its files hold: the thread must live, as other runs wait for it
+                if run_id not in self._said:
                     self._said.add(run_id)
                     LOG.exception("run %s cannot be looked at", run_id)
             if task in ended:
@@ -310,7 +310,7 @@ def _environment(gpus: float) -> dict[str, str]:
 
 def _lost_words(run: Run, error: BaseException) -> str:
     """Why Ray gave a run up: its workers died too often, or Ray itself is gone."""
-    what = f"its workers died {RETRIES + 1} times" if times_lost(run) >= RETRIES else "the cluster lost its task"
+    what = f"its workers died {RETRIES + 1} times" if died_too_often(run) else "the cluster lost its task"
     return f"{what} ({_last_line(error)})"
 
 

@@ -10,12 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from . import owner, parallel
-from .interrupts import interruptions
+from .interrupts import answered, interruptions
 from .jobs import Stop, load_engine
 from .recipe import Recipe
 from .records import RunState
@@ -42,27 +40,14 @@ def work(folder: str) -> str:
     if not (run.folder / "recipe.yaml").is_file():
         raise StoreError(f"{socket.gethostname()} sees no {folder}; give all machines of the cluster one --runs-dir")
     ranks = ranks_of(run.recipe())
-    with _told_to_end() as told:
+    told = threading.Event()
+    with answered(lambda number, frame: told.set(), signal.SIGTERM):  # Ray's own answer makes the run a failed one
         if ranks > 1:
             return _launched(run, ranks, told)
         status = _work(run, told.is_set)
         if told.is_set() and status == "interrupted":
             raise Unended(f"the worker of run {run.id} was told to end, as by a machine that goes down")
         return status
-
-
-@contextmanager
-def _told_to_end() -> Iterator[threading.Event]:
-    """Whether this process is told to end meanwhile; Ray's own answer to that would make the run a failed one."""
-    told = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # which alone may say so
-        yield told
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.set())
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _work(run: Run, stop: Stop = lambda: False) -> str:
@@ -97,8 +82,8 @@ def _launched(run: Run, ranks: int, told: threading.Event) -> str:
     another worker has the run. told: to end, as they are then."""
     with run.lock(PATIENCE):
         pass  # the ranks could not say so
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [*launcher, "-m", "prunedm.cluster_task", str(run.folder)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*torchrun, "-m", "prunedm.cluster_task", str(run.folder)]
     threads = max(1, run.recipe().resources.cpus // ranks)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) as launcher:
@@ -107,7 +92,7 @@ def _launched(run: Run, ranks: int, told: threading.Event) -> str:
         finally:
             launcher.kill()
     state = run.state()
-    if state.status not in ("done", "stopped", "failed") and times_lost(run) <= RETRIES:
+    if state.status not in ("done", "stopped", "failed") and _times_lost(run) <= RETRIES:
         run.log(f"its {ranks} ranks left it {state.status}; the last that they said:\n{said}")
         raise Unended(f"the {ranks} ranks of run {run.id} ended (exit status {launcher.returncode}); see its log")
     return state.status
@@ -144,7 +129,7 @@ def _rank(folder: str) -> int:
 
 def take_back(run: Run, state: RunState) -> bool:
     """A run whose worker died waits for another one, if there were not too many before. The run's lock is held."""
-    lost = times_lost(run) + 1
+    lost = _times_lost(run) + 1
     run.event(LOST, host=state.host, pid=state.pid)
     if lost > RETRIES:  # Ray itself would retry for ever a task that uses all memory
         cause = f"its worker died {lost} times, the last one on {state.host}; give it more memory, or smaller batches"
@@ -156,7 +141,12 @@ def take_back(run: Run, state: RunState) -> bool:
     return True
 
 
-def times_lost(run: Run) -> int:
+def died_too_often(run: Run) -> bool:
+    """Whether a run's workers died as often as Ray has others go on with it."""
+    return _times_lost(run) >= RETRIES
+
+
+def _times_lost(run: Run) -> int:
     """How many workers of a run died since it was sent."""
     events = run.events()
     sent = max((i for i, event in enumerate(events) if event["kind"] == SENT), default=0)

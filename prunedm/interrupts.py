@@ -1,9 +1,10 @@
-"""Ctrl-C, and a launcher's SIGTERM, that stop long work after the step at hand."""
+"""Ctrl-C, and the SIGTERM of a launcher or of a machine that goes down, that stop long work after the step at hand."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -28,10 +29,19 @@ def interruptions(work: str) -> Iterator[Callable[[], bool]]:
             with suppress(OSError):  # of whoever read it and is gone
                 print(f"stopping after this step; the {work} can be resumed", file=sys.stderr, flush=True)
 
-    watched = (signal.SIGINT, signal.SIGTERM) if ranks else (signal.SIGINT,)
-    previous = [signal.signal(number, on_interrupt) for number in watched]
-    try:
+    with answered(on_interrupt, signal.SIGINT, *([signal.SIGTERM] if ranks else [])):
         yield lambda: bool(asked)
+
+
+@contextmanager
+def answered(answer: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """These signals are answered so meanwhile. The main thread alone gets any: in another one nothing is changed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = [signal.signal(number, answer) for number in numbers]
+    try:
+        yield
     finally:
-        for number, handler in zip(watched, previous):
-            signal.signal(number, handler)
+        for number, handler in zip(numbers, previous):
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set by code that is not Python's

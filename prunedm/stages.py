@@ -43,7 +43,7 @@ class Pipeline(StageTraining):
         known = self.run.has_checkpoint(mask_stage.M0)
         self.model, self.images = load_inputs(self.recipe, runs_dir, dense, masks_known=known)
         self._redo_what_is_missing()
-        self._look_at_shares()
+        self._require_fair_shares()
         for skipped in self.images.skipped:
             self.run.log(f"image skipped: {skipped}")
         if "dense" not in self.run.variants():
@@ -62,8 +62,9 @@ class Pipeline(StageTraining):
             self.run.drop_checkpoint(stage)
             self.run.event("stage_done", stage=stage)
 
-    def _look_at_shares(self) -> None:
-        """Whether the ranks that are to share a model in what is left of stage 1 can; one process alone is told."""
+    def _require_fair_shares(self) -> None:
+        """ValueError unless the ranks that are to share a model in what is left of stage 1 can; one process alone logs
+        that it shares nothing."""
         planned, done = forecast.planned(self.recipe), self.writer.state.stages_done
         left = sum(planned[stage] for stage in ("prune", "finetune") if stage not in done)
         if self._is_shared(left):

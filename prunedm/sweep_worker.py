@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import comparison, store, sweep, sweep_trials
 from .cluster_link import Unreachable
-from .cluster_task import RETRIES, times_lost
+from .cluster_task import died_too_often
 from .jobs import Execute, Stop, here, load_engine
 from .recipe import Recipe, RecipeError
 from .store import Run
@@ -221,7 +221,7 @@ class Worker:
         raise self._conclusion(trial, run, watch, status)
 
     def _executed(self, trial: Trial, run: Run, watch: Watch) -> str:
-        """A run's status at its end, in which a cluster that does not answer is waited for."""
+        """A run's status at its end. A cluster that does not answer is waited for, until the sweep is stopped."""
         while True:
             try:
                 return self.execute(run, watch.on_step, watch.stop)
@@ -305,10 +305,10 @@ class Worker:
             return self._stopped(trial)
         if status == "interrupted":
             cause = run.state().error or "it was interrupted; see its log"
-            if times_lost(run) >= RETRIES:
+            if died_too_often(run):
                 self._fail(trial, cause)
             self._stopped(trial)
-            raise SweepError(f"run {run.id}: {cause}; start the sweep again then")
+            raise SweepError(f"run {run.id}: {cause}; after that, start the sweep again")
         self._fail(trial, f"run {run.id} was {status} by hand; start the sweep again with more trials to make up")
 
     def _stopped(self, trial: Trial) -> Unfinished:

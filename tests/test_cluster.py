@@ -414,7 +414,7 @@ def test_lines_that_tell_no_event_are_no_lost_workers(tmp_path):
     run = store.create(tmp_path, Recipe())
     run.event(cluster_task.SENT)
     run.append("events.jsonl", [[], {"time": 1}, {"kind": cluster_task.LOST}])
-    assert cluster_task.times_lost(run) == 1
+    assert cluster_task._times_lost(run) == 1
     state = run.state()
     assert [cluster_task.take_back(run, state) for _ in range(3)] == [True, True, False]
     assert run.state().status == "interrupted" and "its worker died 4 times" in run.state().error

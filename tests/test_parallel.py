@@ -247,13 +247,13 @@ def test_equal_parts_are_of_the_images_that_there_are_and_only_of_what_is_left_t
     run = store.create(tmp_path, recipe)
     made = stages.Pipeline(run, recipe, MetricsWriter(run, run.state()))
     made.images = types.SimpleNamespace(train=range(12))
-    made._look_at_shares()
+    made._require_fair_shares()
     assert "train.shard: one process works on this run, so that nothing is shared" in run.log_path.read_text()
     monkeypatch.setattr(parallel._Ranks, "size", 2)
     with pytest.raises(ValueError, match="as many parts each of a batch of 12; set it to 6 or less"):
-        made._look_at_shares()
+        made._require_fair_shares()
     made.writer.state.stages_done = ["prune", "finetune"]
-    made._look_at_shares()
+    made._require_fair_shares()
 
 
 def test_memory_that_a_rank_cannot_get_is_no_lost_rank(monkeypatch):

@@ -490,7 +490,7 @@ def test_a_cluster_that_loses_a_trials_task_ends_the_sweep_and_costs_no_trial(tm
             return "interrupted"
         return fake(run, on_step, stop)
 
-    with pytest.raises(SweepError, match=r"the cluster lost its task .* start the sweep again then"):
+    with pytest.raises(SweepError, match=r"the cluster lost its task .* after that, start the sweep again"):
         work(study, tmp_path, gone)
     assert states(study) == ["complete", "interrupted"]
     left = sweep.trials(study)[1]

@@ -79,7 +79,7 @@ def test_the_figures_are_psutils(no_nvml):
     assert found["machine_memory_total"] == memory.total
     used = [one.total - one.available for one in (memory, again)]
     assert 0.7 * min(used) <= found["machine_memory"] <= 1.3 * max(used)
-    assert began <= found["time"] <= time.time()
+    assert began - 0.001 <= found["time"] <= time.time() + 0.001, "in milliseconds"
 
 
 def test_a_gpu_that_is_not_there_is_absent_and_not_zero(no_nvml, monkeypatch):
@@ -104,7 +104,7 @@ def test_gpus_are_told_through_nvml(monkeypatch):
     assert gpu["power"] is None and gpu["utilisation"] == 87
 
 
-def test_a_sampler_appends_while_it_runs_and_ends_at_once(run):
+def test_a_sampler_appends_while_it_runs(run):
     store.write_atomic(run.folder / store.SYSTEM, (json.dumps(sample(1.0)) + '\n{"time": 2, "cp').encode())
     sampler = system.Sampler(run, every=0.05)
     sampler.start()
