@@ -1,4 +1,4 @@
-"""The run folder: the only code that knows its file names.
+"""The run folder: the only code, with run_results.py, that knows its file names.
 
 ::
 
@@ -12,7 +12,6 @@ crash tore is ignored by readers, closed off by the next writer and dropped on r
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shutil
@@ -24,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import files, logs, owner, state_file
 from . import recipe as recipes
-from .files import StoreError, read_json, write_atomic, write_json
+from .files import StoreError, read_json, write_atomic, write_json  # noqa: F401  (others have them from here)
 from .jsonl import read_jsonl
-from .records import ACTIVE, RESUMABLE, STAGES, VARIANTS, LayerReport, RunState, Status
+from .records import ACTIVE, RESUMABLE, STAGES, VARIANTS, RunState, Status
+from .run_results import Results
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ def write_endings() -> bool:
     return not _UNWRITTEN
 
 
-class Run:
+class Run(Results):
     """One run folder. Cheap to make: reads nothing until asked."""
 
     def __init__(self, folder: Path) -> None:
@@ -287,54 +287,10 @@ class Run:
         pictures = [p for p in (self.folder / "samples").glob("*.png") if stage_step(p)[0] in order]
         return sorted(pictures, key=lambda p: (order[stage_step(p)[0]], stage_step(p)[1]))
 
-    # --- results -----------------------------------------------------------------------------
-    def evaluation(self) -> dict[str, dict[str, Any]]:
-        """Variant name to its figures; empty before the first one."""
-        path = self.folder / "evaluation.json"
-        found = read_json(path) if path.exists() else {}
-        needed = {"parameters", "nonzero_parameters", "macs", "bytes"}
-        if not isinstance(found, dict) or not set(found) <= set(VARIANTS) or not _all_have(found.values(), needed):
-            raise StoreError(f"{path} is damaged; delete it and resume the run to evaluate again")
-        return found
-
-    def write_evaluation(self, value: dict[str, dict[str, Any]]) -> None:
-        write_json(self.folder / "evaluation.json", value)
-
-    def layers(self, variant: str = "nm") -> list[dict[str, Any]]:
-        """The layer report of stage 2, or of another variant from its evaluation; empty before it."""
-        path = self._layers_path(variant)
-        found = read_json(path) if path.exists() else []
-        if not isinstance(found, list) or not _all_have(
-            found, {f.name for f in dataclasses.fields(LayerReport) if f.default is dataclasses.MISSING}
-        ):
-            raise StoreError(f"{path} is damaged; restore it or run the recipe again")
-        return found
-
-    def write_layers(self, value: list[dict[str, Any]], variant: str = "nm") -> None:
-        write_json(self._layers_path(variant), value)
-
-    def _layers_path(self, variant: str) -> Path:
-        return self.folder / ("layers.json" if variant == "nm" else f"layers-{variant}.json")
-
-    def allocation(self) -> dict[str, Any]:
-        """The budgeted allocation of patterns (allocate.py); empty when the recipe asks for none."""
-        path = self.folder / "allocation.json"
-        found = read_json(path) if path.exists() else {}
-        if not isinstance(found, dict) or (found and not _all_have(found.get("layers", [None]), {"layer", "chosen"})):
-            raise StoreError(f"{path} is damaged; delete it and resume the run")
-        return found
-
-    def write_allocation(self, value: dict[str, Any]) -> None:
-        write_json(self.folder / "allocation.json", value)
-
     def _made(self, name: str) -> Path:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         return folder
-
-
-def _all_have(records: Iterable[Any], names: set[str]) -> bool:
-    return all(isinstance(record, dict) and names <= set(record) for record in records)
 
 
 def stage_step(path: Path) -> tuple[str, int]:

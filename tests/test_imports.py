@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = [  # a module may import those above it only
     "untrusted", "strict_yaml", "stage_recipes", "recipe", "failure", "seeds", "giveway", "records", "parallel",
-    "sharding", "interrupts", "owner", "bundled", "files", "jsonl", "redact", "logs", "password", "state_file", "store",
+    "sharding", "interrupts", "owner", "bundled", "files", "jsonl", "redact", "logs", "password", "state_file",
+    "run_results", "store",
     "shared_run", "artifacts", "system", "glossary", "cache", "devices", "comparison", "shelf", "progress", "snapshots",
     "pictures",
     "pattern", "layer_order", "steps", "palettes",
